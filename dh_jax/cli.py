@@ -1,0 +1,160 @@
+"""The command ``dh``: parses, composes, calls, prints. It computes nothing itself.
+
+A user's mistake is one line on standard error and exit code 2; ``--debug`` shows the trace.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dh_jax.errors import ConfigError, UserError
+
+OVERRIDES = "Hydra overrides: data=demo model=tiny mixing=influence training.steps=100 ..."
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+EXAMPLES = """examples:
+  dh configs                                     what ships: data, models, policies, ...
+  dh prepare data=demo                           tokenise a data config to disk
+  dh inspect data=demo                           what it yields, with decoded rows
+  dh train data=demo mixing=influence --dry-run  what a run would cost
+  dh train data=demo mixing=influence out=runs/a
+  dh train data=demo mixing=influence out=runs/a resume=true
+  dh report runs/a runs/b --out report.html
+  dh demo                                        everything, on real text from packages
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0 done, 2 the user's mistake, 130 interrupted (the run can be resumed).
+    """
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except UserError as error:
+        if options.debug:
+            raise
+        print(f"dh {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print(f"dh {options.command}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dh",
+        description="Training data, influence and mixtures for language models.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, summary: str, *, overrides: bool = True) -> Any:
+        sub = commands.add_parser(name, help=summary, description=summary)
+        sub.set_defaults(run=run)
+        sub.add_argument("--debug", action="store_true", help="show the trace of an error")
+        if overrides:
+            sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+        return sub
+
+    sub = command("train", _train, "Train a model on a mixture; steer, judge, log and save it.")
+    sub.add_argument("--dry-run", action="store_true", help="price the run without starting it")
+    sub = command("prepare", _prepare, "Tokenise a data config into a store on disk.")
+    sub.add_argument("--verify", action="store_true", help="also compare every shard's checksum")
+    sub = command("inspect", _inspect, "Show what a data config yields.")
+    sub.add_argument("--split", default="train", choices=("train", "probe", "eval"))
+    sub.add_argument("--batches", type=int, default=8, help="batches drawn for the statistics")
+    sub.add_argument("--rows", type=int, default=4, help="rows decoded")
+    sub = command("report", _report, "Turn runs into one HTML page.", overrides=False)
+    sub.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
+    sub.add_argument("--out", type=Path, default=Path("report.html"))
+    sub.add_argument("--title")
+    command("configs", _configs, "List the configs that ship.", overrides=False)
+    sub = command("demo", _demo, "Train steered, static and uniform runs; report.", overrides=False)
+    sub.add_argument("--folder", type=Path, default=Path(".demo"))
+    sub.add_argument("--steps", type=int, help="of each run; default: what fits a few minutes")
+    sub.add_argument("--seeds", type=int, default=3)
+    return parser
+
+
+def _train(options: argparse.Namespace) -> int:
+    run = _module("compose").compose_run(options.overrides)
+    console = _console()
+    if options.dry_run:
+        train = _module("train")
+        price = _module("pricing").price_run(train.check(run))
+        _module("console").print_price(price, console)
+        return 0
+    with _module("console").TrainProgress(run.training.steps, console) as progress:
+        facts = _module("train").train(run, listeners=(progress,))
+    if facts["status"] != "finished":
+        console.print(f"stopped at step {facts['step']}; go on with the same command and resume=true")
+        return EXIT_INTERRUPTED
+    console.print(f"finished; `dh report {run.out}` shows it")
+    return 0
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    run = _module("compose").compose_run(options.overrides)
+    console = _console()
+    with _module("console").PrepareProgress(console) as progress:
+        store = _module("data.prepare").prepare(run.data, progress=progress)
+    _module("console").print_store(store, console)
+    if options.verify:
+        console.print(f"{store.verify()} shards verified")
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    run = _module("compose").compose_run(options.overrides)
+    found = _module("preview").preview(
+        run.data, split=options.split, batches=options.batches, rows=options.rows
+    )
+    _module("console").print_preview(found, _console())
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    _module("report").write_report(options.runs, options.out, title=options.title)
+    print(options.out)
+    return 0
+
+
+def _configs(_: argparse.Namespace) -> int:
+    config = _module("config")
+    print(config.config_folder())
+    for group, names in config.list_configs().items():
+        print(f"{group:<12} {', '.join(names)}")
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    if options.seeds < 1:
+        raise ConfigError(f"--seeds is {options.seeds}; the least is 1")
+    demo = _module("demo.study")
+    report = demo.run_demo(options.folder, steps=options.steps, seeds=options.seeds, console=_console())
+    print(report)
+    return 0
+
+
+def _module(name: str) -> Any:
+    """A module of the library, imported when a command needs it: `--help` stays quick."""
+    return importlib.import_module(f"dh_jax.{name}")
+
+
+def _console() -> Any:
+    return importlib.import_module("rich.console").Console()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

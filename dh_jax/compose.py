@@ -1,0 +1,59 @@
+"""Composing a run from config groups and overrides with Hydra, for the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dh_jax.config import (
+    ConfigError,
+    RunConfig,
+    config_folder,
+    explain,
+    list_configs,
+    suggest,
+    validate_data,
+)
+
+
+def compose_run(overrides: Sequence[str] = ()) -> RunConfig:
+    """The run that ``configs/train.yaml`` and the overrides describe, typed and checked.
+
+    Args:
+        overrides: in Hydra's grammar, e.g. ``["data=demo", "training.steps=100"]``.
+
+    Raises:
+        ConfigError: a group, key or value is wrong; one line with the nearest known name.
+    """
+    ConfigStore.instance().store(name="run_schema", node=RunConfig)
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
+            composed = hydra_compose("train", overrides=list(overrides))
+        run = OmegaConf.to_object(composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_one_line(error)) from error
+    assert isinstance(run, RunConfig)
+    run.data = validate_data(run.data)
+    return run
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        known = list_configs().get(group, [])
+        return (
+            f"no {group} config {name!r}{suggest(name, known)}; shipped: {', '.join(known)} "
+            "(`dh configs` lists all)"
+        )
+    cause = error.__cause__
+    if isinstance(cause, OmegaConfBaseException):
+        return explain(cause, RunConfig, "config")
+    if isinstance(error, OmegaConfBaseException):
+        return explain(error, RunConfig, "config")
+    return " ".join(str(error).split())

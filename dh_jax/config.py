@@ -1,0 +1,422 @@
+"""Typed configuration: what every YAML file under ``configs/`` may say, and how it is found.
+
+The schemas are plain dataclasses. Hydra composes them on the command line (`compose`);
+`load_data_config` reads one data config without touching Hydra's global state, so it also
+works inside a running ``@hydra.main`` application. Unknown keys are refused everywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dh_jax.errors import ConfigError
+
+T = TypeVar("T")
+
+SPLITS = ("train", "probe", "eval")
+WEIGHT_SUM_TOLERANCE = 1e-6
+
+
+# --- data ------------------------------------------------------------------------------------
+
+
+@dataclass
+class TextConfig:
+    """How a record becomes text: one column, several joined by a separator, or a template.
+
+    Exactly one of ``column``, ``columns`` and ``template`` is set. ``template`` is a Python
+    format string over the record's columns, for example ``"{sentence} => {label}"``; ``choices``
+    maps an integer column to words first (class labels).
+    """
+
+    column: str | None = None
+    columns: list[str] | None = None
+    separator: str = "\n\n"
+    template: str | None = None
+    choices: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass
+class SourceConfig:
+    """What every kind of source has."""
+
+    kind: str = ""
+    weight: float | None = None  # share of the mixture; equal shares when no source has one
+    split: str = "hash"  # hash: by content into train/probe/eval; or all of it is one of these
+    text: TextConfig = field(default_factory=lambda: TextConfig(column="text"))
+    max_documents: int | None = None
+
+
+@dataclass
+class FilesSource(SourceConfig):
+    """Local files: JSONL (.gz, .zst), Parquet, or a tree of text files (one document each)."""
+
+    kind: str = "files"
+    paths: list[str] = field(default_factory=list)  # files, folders or globs
+    format: str = "auto"  # auto (by file ending), jsonl, parquet, text
+    include: str = "**/*"  # which files of a folder
+
+
+@dataclass
+class HubSource(SourceConfig):
+    """A data set on a Hugging Face hub (HF_ENDPOINT), streamed through ``datasets``."""
+
+    kind: str = "hub"
+    path: str = ""
+    name: str | None = None  # the data set's configuration, e.g. sample-10BT
+    hub_split: str = "train"
+    revision: str | None = None
+    data_files: str | None = None
+
+
+SOURCE_KINDS: dict[str, type[SourceConfig]] = {"files": FilesSource, "hub": HubSource}
+
+
+@dataclass
+class PackingConfig:
+    """How documents become rows of T tokens."""
+
+    strategy: str = "best_fit"  # best_fit, first_fit, concat
+    window: int = 1024  # documents planned together
+    max_segments: int = 64  # a row closes at this many documents
+    long_documents: str = "split"  # split (all pieces are kept) or truncate (counted)
+
+
+@dataclass
+class SplitConfig:
+    """Fractions of documents, by hash of content, that training never sees."""
+
+    probe: float = 0.01
+    eval: float = 0.01
+
+
+@dataclass
+class DataConfig:
+    """A mixture: sources, their weights, the probe sets that judge it, and how rows are cut."""
+
+    name: str = ""
+    tokenizer: str = ""  # a folder, a .gguf file, or a hub name
+    sources: dict[str, Any] = field(default_factory=dict)
+    probes: dict[str, Any] = field(default_factory=dict)  # default: each source's probe split
+    max_length: int = 2048  # T, tokens of a row
+    packing: PackingConfig = field(default_factory=PackingConfig)
+    splits: SplitConfig = field(default_factory=SplitConfig)
+    weight_unit: str = "tokens"  # what a weight is a share of: tokens, rows, trained_tokens
+    add_bos: bool = False
+    add_eos: bool = True
+    on_error: str = "raise"  # raise, or skip (counted in stats)
+    store: str | None = None  # folder of a prepared token store; None streams from the sources
+    seed: int = 0
+    prefetch: int = 2  # batches made ahead by a background thread; 0 = none
+
+
+# --- model, mesh, training -------------------------------------------------------------------
+
+
+@dataclass
+class ModelConfig:
+    """Shape of a Llama-family decoder. Sizes in elements."""
+
+    name: str = ""
+    vocab_size: int | None = None  # None: the tokenizer's
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    head_width: int | None = None  # None: width // heads
+    mlp_width: int = 384
+    rope_theta: float = 10_000.0
+    norm_epsilon: float = 1e-5
+    tied: bool = True
+    init_scale: float = 0.02
+    dtype: str = "float32"  # of activations; parameters stay float32
+
+
+@dataclass
+class MeshConfig:
+    """Named axes of the device mesh and their sizes; one may be -1 (what is left)."""
+
+    name: str = "single"
+    data: int = 1
+    fsdp: int = 1
+
+
+@dataclass
+class MixingConfig:
+    """Which policy moves the weights, how often, and within what bounds."""
+
+    policy: str = "static"  # static (the data config's weights), uniform, influence
+    interval: int = 20  # steps between two moves
+    warmup: int = 0  # steps before the first move
+    learning_rate: float = 0.5  # of the exponentiated-gradient step
+    smoothing: float = 0.0  # share of the old influence estimate kept at a move (EMA)
+    min_weight: float = 0.02
+    max_weight: float = 0.9
+
+
+@dataclass
+class InfluenceConfig:
+    """How influence is measured when the policy asks for it."""
+
+    targets: dict[str, float] = field(default_factory=dict)  # probe -> weight; empty: all equal
+    rows_per_source: int = 8  # training rows sampled from each source at a move
+    probe_rows: int = 16  # rows sampled from each target probe at a move
+    damping: float = 0.1  # lambda of a block = damping * mean squared gradient
+    parameters: str = ".*"  # regular expression over parameter paths
+    row_length: int | None = None  # tokens of a sampled row; None: max_length
+    documents: int = 0  # documents a source to score for the report at the end; 0 = none
+
+
+@dataclass
+class TrainingConfig:
+    """The optimizer, its schedule, and what is written when."""
+
+    steps: int = 200
+    batch_size: int = 16  # rows of the global batch
+    learning_rate: float = 3e-3
+    final_learning_rate: float = 0.1  # as a fraction of the peak, at the end of the cosine
+    warmup: int = 20
+    weight_decay: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    clip_norm: float = 1.0
+    eval_interval: int = 50
+    eval_rows: int = 64  # rows a domain
+    checkpoint_interval: int = 50
+    keep: int = 2  # checkpoints kept
+    log_interval: int = 1
+    seed: int = 0
+    tensorboard: bool = False
+    wandb: bool = False
+
+
+@dataclass
+class RunConfig:
+    """Everything one training run is made from."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    mixing: MixingConfig = field(default_factory=MixingConfig)
+    influence: InfluenceConfig = field(default_factory=InfluenceConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    out: str = "runs/default"
+    resume: bool = False
+
+
+# --- finding and reading ---------------------------------------------------------------------
+
+
+def config_folder() -> Path:
+    """The folder of shipped YAML: ``dh_jax/configs`` in a wheel, ``configs/`` in a checkout."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if (folder / "data").is_dir():
+            return folder
+    raise ConfigError(
+        f"no configs beside {package}: the installation is damaged; reinstall data-handler"
+    )
+
+
+def list_configs() -> dict[str, list[str]]:
+    """Names of the shipped configs by group, both sorted."""
+    root = config_folder()
+    groups = sorted(p for p in root.iterdir() if p.is_dir())
+    return {g.name: sorted(p.stem for p in g.glob("*.yaml")) for g in groups}
+
+
+def load_data_config(
+    config: str | Path | DataConfig | Mapping[str, Any] | DictConfig,
+    overrides: Sequence[str] = (),
+) -> DataConfig:
+    """Read a data config: a shipped name, a YAML file, a mapping, or one already typed.
+
+    Args:
+        config: for example ``"mixed_pretrain"``, ``"my/data.yaml"`` or ``cfg.data``.
+        overrides: ``key=value`` strings, for example ``["max_length=512"]``.
+
+    Returns:
+        A validated `DataConfig` whose ``sources`` and ``probes`` are typed `SourceConfig`.
+
+    Raises:
+        ConfigError: the name, a key or a value is wrong; the message names it and the cure.
+    """
+    if isinstance(config, DataConfig) and not overrides:
+        return validate_data(dataclasses.replace(config))
+    if isinstance(config, str | Path):
+        raw: Any = OmegaConf.load(_find_yaml("data", config))
+    elif isinstance(config, DataConfig):
+        raw = _untyped(config)
+    else:
+        raw = config
+    merged = typed(DataConfig, raw, overrides, where="data")
+    return validate_data(merged)
+
+
+def _find_yaml(group: str, name: str | Path) -> Path:
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if path.is_file():
+            return path
+        raise ConfigError(f"no config file {path}")
+    shipped = config_folder() / group / f"{name}.yaml"
+    if shipped.is_file():
+        return shipped
+    known = list_configs().get(group, [])
+    raise ConfigError(
+        f"no {group} config {str(name)!r}{suggest(str(name), known)}; "
+        f"shipped: {', '.join(known)}; or give the path of a .yaml file"
+    )
+
+
+def typed(cls: type[T], raw: Any, overrides: Sequence[str] = (), *, where: str = "config") -> T:
+    """Merge ``raw`` (mapping) and ``key=value`` overrides into a fresh ``cls``."""
+    try:
+        schema = OmegaConf.structured(cls)
+        given = OmegaConf.merge(OmegaConf.create(raw), OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.to_object(OmegaConf.merge(schema, given))
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error, cls, where)) from error
+    assert isinstance(merged, cls)
+    return merged
+
+
+def explain(error: Exception, cls: type, where: str) -> str:
+    """One line for an OmegaConf or Hydra error, with the nearest known key."""
+    key = getattr(error, "full_key", None)
+    text = str(error).splitlines()[0]
+    if key:
+        holder = getattr(error, "object_type", None) or cls
+        names = [f.name for f in dataclasses.fields(holder)] if dataclasses.is_dataclass(holder) else []
+        last = str(key).split(".")[-1]
+        if names and last not in names:
+            return f"{where}: unknown key {key!r}{suggest(last, names)}; known: {', '.join(names)}"
+        return f"{where}.{key}: {text}"
+    return f"{where}: {text}"
+
+
+def suggest(word: str, known: Sequence[str]) -> str:
+    """A hint at the nearest known name, or nothing."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _untyped(config: DataConfig) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+# --- checking --------------------------------------------------------------------------------
+
+
+def source_config(name: str, raw: Any) -> SourceConfig:
+    """The typed source behind one entry of ``sources``; the second step OmegaConf needs,
+    since it refuses unions."""
+    if isinstance(raw, SourceConfig):
+        return raw
+    raw = OmegaConf.to_container(raw, resolve=True) if isinstance(raw, DictConfig) else raw
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"source {name!r}: expected a mapping with a 'kind', got {raw!r}")
+    kind = raw.get("kind")
+    if kind not in SOURCE_KINDS:
+        raise ConfigError(
+            f"source {name!r}: kind {kind!r}{suggest(str(kind), list(SOURCE_KINDS))}; "
+            f"known kinds: {', '.join(SOURCE_KINDS)}"
+        )
+    fields = dict(raw)
+    if isinstance(fields.get("text"), str):  # text: content
+        fields["text"] = {"column": fields["text"]}
+    elif isinstance(fields.get("text"), list):  # text: [title, body]
+        fields["text"] = {"columns": fields["text"]}
+    source = typed(SOURCE_KINDS[kind], fields, where=f"source {name!r}")
+    chosen = [source.text.column, source.text.columns, source.text.template]
+    if sum(choice is not None for choice in chosen) != 1:
+        raise ConfigError(
+            f"source {name!r}: text needs exactly one of column, columns, template; "
+            f"got {[c for c in chosen if c is not None]}"
+        )
+    _one_of(f"source {name!r}: split", source.split, ("hash", *SPLITS))
+    if source.weight is not None and not (math.isfinite(source.weight) and source.weight >= 0):
+        raise ConfigError(f"source {name!r}: weight {source.weight} must be finite and >= 0")
+    if isinstance(source, FilesSource):
+        _one_of(f"source {name!r}: format", source.format, ("auto", "jsonl", "parquet", "text"))
+        if not source.paths:
+            raise ConfigError(f"source {name!r}: paths is empty; name files, folders or globs")
+    if isinstance(source, HubSource) and not source.path:
+        raise ConfigError(f"source {name!r}: path is empty; name a data set, e.g. org/name")
+    return source
+
+
+def validate_data(config: DataConfig) -> DataConfig:
+    """Type the sources and check every rule a data config must keep."""
+    if not config.sources:
+        raise ConfigError(f"data config {config.name!r} has no sources; add one under 'sources'")
+    sources = {n: source_config(n, raw) for n, raw in config.sources.items()}
+    probes: dict[str, Any] = {}
+    for name, raw in config.probes.items():
+        if isinstance(raw, str):  # the probe split of a source
+            if raw not in sources:
+                raise ConfigError(
+                    f"probe {name!r} names source {raw!r}{suggest(raw, list(sources))}, "
+                    f"which is not among {', '.join(sources)}"
+                )
+            probes[name] = raw
+        else:
+            probes[name] = source_config(name, raw)
+    weights_of(sources)
+    _one_of("packing.strategy", config.packing.strategy, ("best_fit", "first_fit", "concat"))
+    _one_of("packing.long_documents", config.packing.long_documents, ("split", "truncate"))
+    _one_of("weight_unit", config.weight_unit, ("tokens", "rows", "trained_tokens"))
+    _one_of("on_error", config.on_error, ("raise", "skip"))
+    for label, value, least in (
+        ("max_length", config.max_length, 2),
+        ("packing.window", config.packing.window, 1),
+        ("packing.max_segments", config.packing.max_segments, 1),
+        ("prefetch", config.prefetch, 0),
+    ):
+        if value < least:
+            raise ConfigError(f"{label} is {value}; the least is {least}")
+    held_out = config.splits.probe + config.splits.eval
+    if min(config.splits.probe, config.splits.eval) < 0 or held_out >= 1:
+        raise ConfigError(
+            f"splits.probe {config.splits.probe} and splits.eval {config.splits.eval} must be "
+            "at least 0 and together below 1"
+        )
+    return dataclasses.replace(config, sources=sources, probes=probes)
+
+
+def weights_of(sources: Mapping[str, SourceConfig]) -> dict[str, float]:
+    """Mixture weights by source name: as given (they must sum to 1), or equal if none is."""
+    given = {n: s.weight for n, s in sources.items() if s.weight is not None}
+    if not given:
+        return dict.fromkeys(sources, 1.0 / len(sources))
+    missing = [n for n in sources if n not in given]
+    if missing:
+        raise ConfigError(
+            f"sources {', '.join(missing)} have no weight but others do; "
+            "give every source a weight, or none for equal shares"
+        )
+    total = sum(given.values())
+    if abs(total - 1.0) > WEIGHT_SUM_TOLERANCE:
+        if total > 0:
+            scaled = ", ".join(f"{n}: {w / total:.4g}" for n, w in given.items())
+            cure = f"to keep their ratios write {scaled}"
+        else:
+            cure = "give at least one source a positive weight"
+        raise ConfigError(f"source weights sum to {total:g}, not 1; {cure}")
+    return {n: float(w) for n, w in given.items()}
+
+
+def _one_of(label: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ConfigError(
+            f"{label} is {value!r}{suggest(value, allowed)}; allowed: {', '.join(allowed)}"
+        )

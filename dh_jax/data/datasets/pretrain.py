@@ -1,0 +1,98 @@
+"""PretrainDataset: one source of plain text -> packed rows, from a store or as a stream."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import grain
+
+from dh_jax.config import DataConfig, SourceConfig
+from dh_jax.data.packing import PackedDataset, Window
+from dh_jax.data.seeding import derive
+from dh_jax.data.sources import DocumentSource
+from dh_jax.data.store import TokenStore
+from dh_jax.data.tokenization import TokenizerWrapper
+from dh_jax.data.windows import StoreWindows, StreamWindows
+
+
+class PretrainDataset(PackedDataset):
+    """Rows of T tokens of one source and split; a Grain data set like any other.
+
+    Args:
+        name: the source's name; part of its seed.
+        spec: where its documents are.
+        config: row length, packing, splits, error policy and seed.
+        tokenizer: used when streaming.
+        store: read prepared documents from here instead of streaming them.
+        split: train, probe or eval.
+        seed: orders documents and rows; epochs differ by themselves.
+        shuffle: False keeps the documents' order (evaluation).
+        repeat: start the next epoch when one ends.
+        shard: (index, count) of documents when streaming. Rows from a store are planned
+            whole on every host; the loader keeps its own rows.
+        held_out: document ids that must not appear when streaming.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        spec: SourceConfig,
+        config: DataConfig,
+        *,
+        tokenizer: TokenizerWrapper,
+        store: TokenStore | None = None,
+        split: str = "train",
+        seed: int = 0,
+        shuffle: bool = True,
+        repeat: bool = True,
+        shard: tuple[int, int] = (0, 1),
+        held_out: frozenset[int] = frozenset(),
+    ):
+        own_seed = derive(seed, name, split)
+        windows: grain.IterDataset[Window]
+        if store is not None:
+            windows = StoreWindows(
+                store.documents(name, split),
+                config.packing.window,
+                seed=own_seed,
+                shuffle=shuffle,
+                repeat=repeat,
+            )
+        else:
+            open_epoch = partial(
+                _open_epoch, name, spec, split, config, own_seed, shard, shuffle
+            )
+            windows = StreamWindows(
+                name,
+                open_epoch,
+                tokenizer,
+                config.packing.window,
+                seed=own_seed,
+                repeat=repeat,
+                held_out=held_out,
+                on_error=config.on_error,
+            )
+        super().__init__(windows, config.max_length, config.packing, shuffle=shuffle)
+
+
+def _open_epoch(
+    name: str,
+    spec: SourceConfig,
+    split: str,
+    config: DataConfig,
+    seed: int,
+    shard: tuple[int, int],
+    shuffle: bool,
+    epoch: int,
+) -> DocumentSource:
+    return DocumentSource(
+        name,
+        spec,
+        split=split,
+        splits=config.splits,
+        seed=seed,
+        epoch=epoch,
+        shard=shard,
+        shuffle=shuffle,
+        on_error=config.on_error,
+    )

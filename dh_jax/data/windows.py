@@ -1,0 +1,183 @@
+"""Windows of documents for packing: planned from a store's index, or read from a stream.
+
+Both are Grain data sets whose iterators carry a few integers of state, and both are infinite
+when ``repeat`` is set: the next epoch comes in another order drawn from (seed, epoch).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import grain
+import numpy as np
+
+from dh_jax.data.packing import TokenShard, Window
+from dh_jax.data.seeding import derive
+from dh_jax.data.sources import Document
+from dh_jax.data.store import StoredDocuments
+from dh_jax.data.tokenization import TokenizerWrapper
+from dh_jax.errors import DataError
+
+
+class StoreWindows(grain.IterDataset[Window]):
+    """Windows over stored documents, in an order that is a pure function of (seed, epoch).
+
+    The order is a pseudo-random permutation evaluated point by point (Grain's
+    ``index_shuffle``), so neither memory nor restoring grows with the number of documents.
+    """
+
+    def __init__(
+        self, documents: StoredDocuments, size: int, *, seed: int, shuffle: bool, repeat: bool
+    ):
+        super().__init__()
+        self.documents, self.size, self.seed = documents, size, seed
+        self.shuffle, self.repeat = shuffle, repeat
+
+    def __iter__(self) -> grain.DatasetIterator[Window]:
+        return _StoreIterator(self)
+
+    def window(self, epoch: int, index: int) -> Window:
+        """The ``index``-th window of an epoch."""
+        documents, count = self.documents, self.documents.lengths_D.size
+        chosen = np.arange(index * self.size, min((index + 1) * self.size, count))
+        seed = derive(self.seed, epoch)
+        if self.shuffle:
+            shuffled = grain.experimental.index_shuffle
+            chosen = np.array([shuffled(i, count - 1, seed, 4) for i in chosen.tolist()])
+        return Window(
+            documents.shards,
+            documents.shards_D[chosen],
+            documents.starts_D[chosen],
+            documents.lengths_D[chosen],
+            documents.ids_D[chosen],
+            derive(self.seed, epoch, index),
+        )
+
+
+class _StoreIterator(grain.DatasetIterator[Window]):
+    def __init__(self, dataset: StoreWindows):
+        super().__init__()
+        self._dataset = dataset
+        self._count = -(-dataset.documents.lengths_D.size // dataset.size)
+        self._epoch, self._index = 0, 0
+
+    def __next__(self) -> Window:
+        self._assert_not_closed()
+        if self._index >= self._count:
+            if not self._dataset.repeat:
+                raise StopIteration
+            self._epoch, self._index = self._epoch + 1, 0
+        window = self._dataset.window(self._epoch, self._index)
+        self._index += 1
+        return window
+
+    def get_state(self) -> dict[str, Any]:
+        return {"epoch": self._epoch, "window": self._index}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._epoch, self._index = int(state["epoch"]), int(state["window"])
+
+
+class StreamWindows(grain.IterDataset[Window]):
+    """Windows read and tokenised from documents as they stream by.
+
+    Args:
+        open_epoch: epoch -> a data set of `Document`.
+        tokenizer: applied to a window's texts at once, on all cores.
+        size: documents of a window.
+        held_out: ids that must not appear here (documents of explicit probe and eval sets).
+        on_error: what to do with one that does: ``raise``, or ``skip`` and count it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        open_epoch: Callable[[int], grain.IterDataset[Document]],
+        tokenizer: TokenizerWrapper,
+        size: int,
+        *,
+        seed: int,
+        repeat: bool,
+        held_out: frozenset[int] = frozenset(),
+        on_error: str = "raise",
+    ):
+        super().__init__()
+        self.name, self.open_epoch, self.tokenizer, self.size = name, open_epoch, tokenizer, size
+        self.seed, self.repeat = seed, repeat
+        self.held_out, self.on_error = held_out, on_error
+
+    def __iter__(self) -> StreamIterator:
+        return StreamIterator(self)
+
+
+class StreamIterator(grain.DatasetIterator[Window]):
+    """Iterates stream windows; ``skipped`` counts what was left out, by reason."""
+
+    def __init__(self, dataset: StreamWindows):
+        super().__init__()
+        self._dataset = dataset
+        self._epoch, self._index = 0, 0
+        self._documents: Any = iter(dataset.open_epoch(0))
+        self._skipped: Counter[str] = Counter()
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        return dict(self._skipped + Counter(self._documents.skipped))
+
+    def __next__(self) -> Window:
+        self._assert_not_closed()
+        documents = self._read()
+        if not documents and self._dataset.repeat:
+            self._skipped.update(self._documents.skipped)
+            self._epoch, self._index = self._epoch + 1, 0
+            self._documents = iter(self._dataset.open_epoch(self._epoch))
+            documents = self._read()
+        if not documents:
+            raise StopIteration
+        tokens = self._dataset.tokenizer.encode_batch([d.text for d in documents])
+        lengths = np.array([t.size for t in tokens], np.int64)
+        window = Window(
+            (TokenShard(np.concatenate(tokens)),),
+            np.zeros(len(documents), np.int32),
+            np.cumsum(lengths) - lengths,
+            lengths,
+            np.array([d.id for d in documents], np.uint64),
+            derive(self._dataset.seed, self._epoch, self._index),
+        )
+        self._index += 1
+        return window
+
+    def _read(self) -> list[Document]:
+        """Up to a window of documents; fewer only at the end of the epoch."""
+        documents: list[Document] = []
+        while len(documents) < self._dataset.size:
+            document = next(self._documents, None)
+            if document is None:
+                break
+            if document.id in self._dataset.held_out:
+                if self._dataset.on_error == "raise":
+                    raise DataError(
+                        f"source {self._dataset.name!r}: {document.where} is also in a probe or "
+                        "eval set; take it out of one of them, give the probe 'split: hash', or "
+                        "set on_error: skip to leave it out of training"
+                    )
+                self._skipped["held_out"] += 1
+                continue
+            documents.append(document)
+        return documents
+
+    def get_state(self) -> dict[str, Any]:
+        return {
+            "epoch": self._epoch,
+            "window": self._index,
+            "documents": self._documents.get_state(),
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        if int(state["epoch"]) != self._epoch:
+            self._epoch = int(state["epoch"])
+            self._documents = iter(self._dataset.open_epoch(self._epoch))
+        self._index = int(state["window"])
+        self._documents.set_state(state["documents"])

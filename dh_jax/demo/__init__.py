@@ -1,0 +1,1 @@
+"""The demo: a mixture of real text from installed packages, trained, steered and reported."""

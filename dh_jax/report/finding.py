@@ -1,0 +1,223 @@
+"""The finding in plain words, as favourable or unfavourable as the numbers are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from dh_jax.report.runs import Run
+from dh_jax.report.statistics import (
+    BASELINES,
+    Clock,
+    Difference,
+    Spread,
+    Summary,
+    all_differences,
+    by_policy,
+    clock,
+    finals,
+    refusal,
+    spread,
+    target_loss,
+    target_weights,
+    warnings,
+)
+
+VERDICTS = {
+    "better": "beats",
+    "worse": "does worse than",
+}
+
+
+def summarise(runs: Sequence[Run]) -> Summary:
+    """What the runs show, in numbers and in words.
+
+    A comparison is made only between finished runs of steered policies and of the baselines
+    static and uniform, at equal tokens and on shared seeds; otherwise `Summary.refusal` says
+    why not and `Summary.differences` is empty.
+    """
+    groups = by_policy(runs)
+    targets = target_weights(runs)
+    refused = refusal(runs, targets) if len(runs) > 1 else None
+    differences = () if refused else tuple(all_differences(groups, targets))
+    losses = {
+        name: spread(target_loss(r.evals[-1], targets) for r in ended)
+        for name, group in groups.items()
+        if (ended := [r for r in group if r.evals and set(targets) <= set(r.evals[-1].domains)])
+    }
+    clocks = {name: clock(group) for name, group in groups.items()}
+    return Summary(
+        headline=_headline(runs, targets, differences, refused),
+        sentences=tuple(_sentences(runs, targets, losses, differences, clocks)),
+        policies=tuple(groups),
+        seeds={name: tuple(r.seed for r in group) for name, group in groups.items()},
+        targets=targets,
+        final={name: finals(group) for name, group in groups.items()},
+        target_loss=losses,
+        differences=differences,
+        refusal=refused,
+        warnings=tuple(warnings(runs)),
+        clock=clocks,
+    )
+
+
+# --- sentences -------------------------------------------------------------------------------
+
+
+def _headline(
+    runs: Sequence[Run],
+    targets: Mapping[str, float],
+    differences: Sequence[Difference],
+    refused: str | None,
+) -> str:
+    if refused:
+        return f"No comparison is made: {refused}."
+    if not differences:
+        return _progress(runs, targets)
+    parts = []
+    for name in dict.fromkeys(d.steered for d in differences):
+        told = [d for d in differences if d.steered == name and d.domain is None]
+        groups: dict[str, list[str]] = {}
+        for d in told:
+            groups.setdefault(_verb(d), []).append(d.baseline)
+        verbs = "; it ".join(f"{verb} {join(bases)}" for verb, bases in groups.items())
+        parts.append(f"Mixing steered by {name} {verbs} on held-out {join(list(targets))}.")
+    return " ".join(parts)
+
+
+def _verb(d: Difference) -> str:
+    if d.verdict == "better":
+        return "beats"
+    if d.verdict == "worse":
+        return "does worse than"
+    if d.spread.mean == 0:
+        return "ends level with"
+    side = "below" if d.spread.mean < 0 else "above"
+    if d.verdict == "single":
+        return f"ends {side} (in the one seed run)"
+    return f"ends {side} on average, but within the spread of seeds, against"
+
+
+def _progress(runs: Sequence[Run], targets: Mapping[str, float]) -> str:
+    """One policy, or none that is steered: how far the held-out loss came."""
+    with_evals = [run for run in runs if run.evals]
+    if not with_evals:
+        return f"{runs[0].label}: no evaluation yet after {amount(runs[0].tokens)} tokens."
+    groups = by_policy(with_evals)
+    if len(groups) > 1:
+        ends = {n: spread(target_loss(r.evals[-1], targets) for r in g) for n, g in groups.items()}
+        said = ", ".join(f"{number(s.mean)} with {name}" for name, s in ends.items())
+        return f"Held-out loss on {join(list(targets))} ends at {said} mixing (nats a token)."
+    first = spread(target_loss(r.evals[0], targets) for r in with_evals)
+    last = spread(target_loss(r.evals[-1], targets) for r in with_evals)
+    moved = "fell" if last.mean < first.mean else "rose" if last.mean > first.mean else "stayed"
+    return (
+        f"Held-out loss on {join(list(targets))} {moved} from {number(first.mean)} to "
+        f"{number(last.mean)} nats a token over {amount(with_evals[0].tokens)} tokens."
+    )
+
+
+def _sentences(
+    runs: Sequence[Run],
+    targets: Mapping[str, float],
+    losses: Mapping[str, Spread],
+    differences: Sequence[Difference],
+    clocks: Mapping[str, Clock],
+) -> list[str]:
+    said = [_against(d, losses) for d in differences if d.domain is None]
+    for base in dict.fromkeys((d.steered, d.baseline) for d in differences):
+        rest = [d for d in differences if (d.steered, d.baseline) == base]
+        said += _elsewhere([d for d in rest if d.domain and d.domain not in targets])
+    for name in (n for n in clocks if n not in BASELINES):
+        if clocks[name].total > 0:
+            spent = clocks[name].seconds.get("reweight", 0.0)
+            said.append(
+                f"Steering by {name} cost {percent(clocks[name].overhead)} of the wall-clock time "
+                f"({seconds(spent)} of {seconds(clocks[name].total)} a run)."
+            )
+    if differences:
+        said.append(f"All runs trained on {_token_range(runs)} tokens.")
+    return said
+
+
+def _against(d: Difference, losses: Mapping[str, Spread]) -> str:
+    lower = sum(value < 0 for value in d.spread.values)
+    count = len(d.seeds)
+    lead = (
+        f"Against {d.baseline}: {signed(d.spread.mean)} nats a token "
+        f"({signed_percent(d.relative)}; {number(losses[d.steered].mean)} against {number(losses[d.baseline].mean)})"
+    )
+    if d.interval is None:
+        return f"{lead}, from one seed, so without a measure of spread."
+    low, high = d.interval
+    sure = "" if low > 0 or high < 0 else ", which includes zero: no difference is shown"
+    return (
+        f"{lead}, lower in {lower} of {count} seeds; 95 % interval of the paired difference "
+        f"{signed(low)} to {signed(high)}{sure}."
+    )
+
+
+def _elsewhere(differences: Sequence[Difference]) -> list[str]:
+    if not differences:
+        return []
+    d = differences[0]
+    changes = ", ".join(f"{x.domain} {signed(x.spread.mean)}" for x in differences)
+    return [f"On the domains it did not aim at, {d.steered} minus {d.baseline} is: {changes}."]
+
+
+def _token_range(runs: Sequence[Run]) -> str:
+    least, most = min(r.tokens for r in runs), max(r.tokens for r in runs)
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
+
+
+# --- words for numbers -----------------------------------------------------------------------
+
+
+def join(names: Sequence[str]) -> str:
+    """``a, b and c``."""
+    return (
+        names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""
+    )
+
+
+def number(value: float, digits: int = 3) -> str:
+    """A fixed number of decimals, with a true minus sign; ``not finite`` where it is not."""
+    return f"{value:.{digits}f}".replace("-", "\u2212") if math.isfinite(value) else "not finite"
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """As `number`, with a plus sign where it is positive."""
+    return f"+{number(value, digits)}" if value > 0 else number(value, digits)
+
+
+def percent(share: float) -> str:
+    """A fraction as a percentage with one decimal."""
+    return f"{number(100 * share, 1)}\u202f%"
+
+
+def signed_percent(share: float) -> str:
+    """As `percent`, with a plus sign where it is positive."""
+    return f"{signed(100 * share, 1)}\u202f%"
+
+
+def amount(count: float) -> str:
+    """A count in at most three or four figures: ``41.0 k``, ``2.05 M``."""
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(count) >= limit:
+            return (
+                f"{count / limit:.3g} {unit}"
+                if count < 999.5 * limit
+                else f"{count / limit:.0f} {unit}"
+            )
+    return f"{count:.0f}"
+
+
+def seconds(value: float) -> str:
+    """A duration: ``0.41 s``, ``48 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    if value < 10:
+        return f"{value:.2f} s"
+    if value < 99.5:
+        return f"{value:.0f} s"
+    if value < 3600:
+        return f"{value // 60:.0f} min {value % 60:02.0f} s"
+    return f"{value // 3600:.0f} h {value % 3600 // 60:02.0f} min"

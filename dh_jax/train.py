@@ -1,0 +1,433 @@
+"""Training: one jitted step, and the loop that feeds, steers, judges, logs and saves it.
+
+A run is a pure function of its config. Everything that changes while it goes on (parameters,
+optimizer and policy, position of every loader) is in the checkpoint, so a run that was killed
+continues with the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from omegaconf import OmegaConf
+
+from dh_jax import trackers
+from dh_jax.batch import Batch
+from dh_jax.config import RunConfig, TrainingConfig, load_data_config, weights_of
+from dh_jax.data.loader import Loader, get_loader
+from dh_jax.data.seeding import derive
+from dh_jax.data.store import write_json
+from dh_jax.data.tokenization import TokenizerWrapper
+from dh_jax.distributed.checkpoint import Checkpoints
+from dh_jax.distributed.mesh import make_mesh, param_shardings, replicate, to_device
+from dh_jax.errors import ConfigError, DataError, StateError
+from dh_jax.evaluate import make_evaluation
+from dh_jax.functions import LossFn, Params, masked_mean
+from dh_jax.influence.calculator import DataInfCalculator
+from dh_jax.influence.optimizer import InfluenceAwareOptimizer, InfluenceState, Reweighting
+from dh_jax.mixing.registry import make_policy
+from dh_jax.models import decoder
+from dh_jax.ranking import rank_documents
+from dh_jax.runlog import Listener, RunLog
+from dh_jax.sampling import Samplers
+
+MAY_CHANGE = {  # config keys that may differ between a run and its resumption
+    "out", "resume", "data.prefetch", "training.keep", "training.checkpoint_interval",
+    "training.log_interval", "training.tensorboard", "training.wandb",
+}  # fmt: skip
+
+
+class StepMetrics(NamedTuple):
+    """What one training step reports; scalars float32 but for the per-source arrays."""
+
+    loss: jax.Array  # mean nats a target over the global batch, before the update
+    grad_norm: jax.Array
+    loss_M: jax.Array  # the same by source; 0 for a source without targets in the batch
+    targets_M: jax.Array
+
+
+TrainStep = Callable[
+    [Params, InfluenceState, Batch, jax.Array],
+    tuple[Params, InfluenceState, StepMetrics],
+]
+
+
+def make_step(
+    loss_fn: LossFn, optimizer: InfluenceAwareOptimizer, source_count: int
+) -> TrainStep:
+    """One optimizer step, jitted; parameters and optimizer state are donated."""
+
+    def step(
+        params: Params, state: InfluenceState, batch: Batch, key: jax.Array
+    ) -> tuple[Params, InfluenceState, StepMetrics]:
+        def objective(params: Params) -> tuple[jax.Array, jax.Array]:
+            loss_BT = loss_fn(params, batch, key)
+            return masked_mean(loss_BT, batch.loss_mask_BT), loss_BT
+
+        (loss, loss_BT), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        updates, state = optimizer.update(grads, state, params)
+        of_source_MB = jax.nn.one_hot(batch.source_ids_B, source_count, axis=0)
+        targets_M = of_source_MB @ batch.loss_mask_BT.sum(1).astype(jnp.float32)
+        loss_M = of_source_MB @ loss_BT.sum(1) / targets_M.clip(min=1)
+        metrics = StepMetrics(loss, optax.global_norm(grads), loss_M, targets_M)
+        return optax.apply_updates(params, updates), state, metrics
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
+def make_schedule(training: TrainingConfig) -> optax.Schedule:
+    """Linear warm-up to the peak, then a cosine down to the final fraction of it."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=training.learning_rate,
+        warmup_steps=training.warmup,
+        decay_steps=max(training.steps, training.warmup + 1),
+        end_value=training.learning_rate * training.final_learning_rate,
+    )
+
+
+def make_optimizer(training: TrainingConfig) -> optax.GradientTransformation:
+    """AdamW with gradient clipping; weight decay acts on matrices alone."""
+    return optax.chain(
+        optax.clip_by_global_norm(training.clip_norm),
+        optax.adamw(
+            make_schedule(training),
+            b1=training.b1,
+            b2=training.b2,
+            weight_decay=training.weight_decay,
+            mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+        ),
+    )
+
+
+class Run(NamedTuple):
+    """Everything a loop needs, built from a config by `open_run`."""
+
+    config: RunConfig
+    mesh: Mesh
+    tokenizer: TokenizerWrapper
+    loader: Loader
+    samplers: Samplers | None  # None where nothing needs influence
+    loss_fn: LossFn
+    calculator: DataInfCalculator
+    optimizer: InfluenceAwareOptimizer
+    params: Params
+    state: InfluenceState
+    key: jax.Array
+
+
+def check(config: RunConfig) -> RunConfig:
+    """Validate a run's config as a whole; returns it with its data config typed.
+
+    Raises:
+        ConfigError: names the value, the limit and the cure.
+    """
+    t = config.training
+    for label, value, least in (
+        ("steps", t.steps, 1), ("batch_size", t.batch_size, 1), ("warmup", t.warmup, 0),
+        ("eval_interval", t.eval_interval, 1), ("eval_rows", t.eval_rows, 1),
+        ("checkpoint_interval", t.checkpoint_interval, 1), ("keep", t.keep, 1),
+        ("log_interval", t.log_interval, 1),
+    ):  # fmt: skip
+        if value < least:
+            raise ConfigError(f"training.{label} is {value}; the least is {least}")
+    decoder.validate(config.model)
+    return dataclasses.replace(config, data=load_data_config(config.data))
+
+
+def open_run(config: RunConfig, closing: ExitStack) -> Run:
+    """Build tokenizer, loaders, model and optimizer; ``closing`` closes the loaders."""
+    mesh = make_mesh(config.mesh)
+    data, seed = config.data, config.training.seed
+    tokenizer = TokenizerWrapper.load(data.tokenizer, add_bos=data.add_bos, add_eos=data.add_eos)
+    policy = make_policy(config.mixing)
+    loader = get_loader(
+        data,
+        tokenizer=tokenizer,
+        batch_size=config.training.batch_size,
+        seed=derive(seed, "train"),
+        shard=(jax.process_index(), jax.process_count()),
+    )
+    closing.enter_context(loader)
+    samplers = None
+    if policy.needs or config.influence.documents:
+        samplers = Samplers(data, config.influence, tokenizer, mesh, seed=seed)
+        closing.enter_context(samplers)
+    key = jax.random.key(seed)
+    vocab_size = config.model.vocab_size or tokenizer.vocab_size
+    if vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size {vocab_size} is below the tokenizer's {tokenizer.vocab_size}; "
+            "set model.vocab_size=null to take the tokenizer's"
+        )
+    graph, params = decoder.build(config.model, vocab_size, key)
+    params = jax.device_put(params, param_shardings(params, mesh))
+    loss_fn = decoder.loss_fn(graph)
+    calculator = DataInfCalculator(
+        loss_fn, damping=config.influence.damping, parameters=config.influence.parameters
+    )
+    optimizer = InfluenceAwareOptimizer(
+        make_optimizer(config.training),
+        policy,
+        calculator,
+        source_names=loader.names,
+        weights=weights_of(data.sources),
+        interval=config.mixing.interval,
+        warmup=config.mixing.warmup,
+        probe_names=list(data.probes or data.sources),
+        targets=config.influence.targets,
+    )
+    state = jax.jit(optimizer.init)(params)
+    loader.set_weights(by_source(loader, state.weights_M))
+    return Run(
+        config, mesh, tokenizer, loader, samplers, loss_fn, calculator, optimizer, params, state,
+        replicate(key, mesh),
+    )  # fmt: skip
+
+
+def train(config: RunConfig, *, listeners: tuple[Listener, ...] = ()) -> dict[str, Any]:
+    """Train to the end, or until Ctrl-C or SIGTERM, which leave a resumable run.
+
+    Args:
+        config: see `RunConfig`; ``out`` is the run's folder.
+        listeners: called with every metrics record, e.g. a progress bar.
+
+    Returns:
+        The content of ``run.json``; its ``status`` is ``finished`` or ``interrupted``.
+
+    Raises:
+        ConfigError: the config is wrong, or ``out`` already holds a run.
+        StateError: ``resume`` finds a run of another config.
+        DataError: the data cannot be read, or the loss is no longer finite.
+    """
+    config = check(config)
+    folder = Path(config.out)
+    started = (folder / "config.yaml").exists()
+    if started and not config.resume:
+        raise ConfigError(f"{folder} already holds a run; add resume=true or choose another out=")
+    if started:
+        refuse_other_config(folder, config)
+    with ExitStack() as closing:
+        run = open_run(config, closing)
+        checkpoints = closing.enter_context(
+            Checkpoints(folder / "checkpoints", keep=config.training.keep)
+        )
+        step = None
+        if checkpoints.steps():
+            run, step = _restore(run, checkpoints)
+        _save_config(folder, config)
+        if config.training.tensorboard:
+            listeners += (trackers.tensorboard(folder / "tensorboard"),)
+        if config.training.wandb:
+            listeners += (trackers.wandb(folder, dataclasses.asdict(config)),)
+        log = RunLog(folder, step=step, listeners=listeners)
+        closing.callback(log.close)
+        return _loop(run, step or 0, checkpoints, log, folder)
+
+
+def _loop(
+    run: Run, first: int, checkpoints: Checkpoints, log: RunLog, folder: Path
+) -> dict[str, Any]:
+    config, training = run.config, run.config.training
+    loader, samplers, optimizer = run.loader, run.samplers, run.optimizer
+    params, state = run.params, run.state
+    facts = describe(run)
+    write_json(folder / "run.json", facts | {"status": "running", "step": first})
+    train_step = make_step(run.loss_fn, optimizer, len(loader.names))
+    schedule = make_schedule(training)
+    evaluate = make_evaluation(
+        config.data, run.tokenizer, run.loss_fn, run.mesh,
+        rows=training.eval_rows, batch_size=training.batch_size,
+    )  # fmt: skip
+    compiled: set[str] = set()
+
+    def phase(name: str, step: int) -> Any:
+        """Time a phase; its first call is mostly compilation and counted as such."""
+        label = name if name in compiled else "compile"
+        compiled.add(name)
+        return log.timed(label, step)
+
+    def judge(step: int) -> None:
+        with phase("eval", step):
+            log.write({"kind": "eval", "step": step, "domains": evaluate(params)})
+
+    if first == 0:
+        judge(0)
+    step = first
+    with _stop_signals() as stopped:
+        while step < training.steps and not stopped:
+            step += 1
+            learning_rate = float(schedule(step - 1))
+            with phase("train", step):
+                batch = to_device(next(loader), run.mesh)
+                key = jax.random.fold_in(run.key, step)
+                params, state, metrics = train_step(params, state, batch, key)
+                loss = float(metrics.loss)
+            if not np.isfinite(loss):
+                raise DataError(
+                    f"the loss is {loss} at step {step}; resume from step {checkpoints.steps()} "
+                    "with a lower training.learning_rate, in a new run"
+                )
+            if step % training.log_interval == 0 or step == training.steps:
+                log.write(_train_record(step, metrics, learning_rate, loader))
+            if optimizer.due(step):
+                with phase("reweight", step):
+                    rows = samplers.draw("train") if samplers else {}
+                    probes = samplers.draw("probe") if samplers else {}
+                    state, move = optimizer.reweight(params, state, rows, probes, key)
+                if (move.weights_M != move.previous_M).any():
+                    loader.set_weights(by_source(loader, move.weights_M))
+                    log.write(_reweight_record(step, move, loader))
+            last = step == training.steps
+            if step % training.eval_interval == 0 or last:
+                judge(step)
+            if step % training.checkpoint_interval == 0 or last or stopped:
+                with log.timed("checkpoint", step):
+                    _save(checkpoints, step, run, params, state)
+    if step == training.steps and config.influence.documents and samplers:
+        with log.timed("ranking", step):
+            write_json(folder / "documents.json", rank_documents(
+                config.influence, samplers, run.calculator, params, run.tokenizer, run.key)
+)
+    facts |= {"status": "finished" if step == training.steps else "interrupted", "step": step}
+    write_json(folder / "run.json", facts)
+    return facts
+
+
+def _train_record(
+    step: int, metrics: StepMetrics, learning_rate: float, loader: Loader
+) -> dict[str, Any]:
+    stats = loader.stats()
+    return {
+        "kind": "train",
+        "step": step,
+        "loss": float(metrics.loss),
+        "grad_norm": float(metrics.grad_norm),
+        "learning_rate": learning_rate,
+        "tokens": stats["tokens"],
+        "weights": loader.weights,
+        "loss_by_source": {
+            name: float(loss)
+            for name, loss, targets in zip(
+                loader.names, metrics.loss_M, metrics.targets_M, strict=True
+            )
+            if targets > 0
+        },
+        "tokens_by_source": {name: s["tokens"] for name, s in stats["sources"].items()},
+    }
+
+
+def _reweight_record(step: int, move: Reweighting, loader: Loader) -> dict[str, Any]:
+    record: dict[str, Any] = {"kind": "reweight", "step": step, "weights": loader.weights}
+    if move.influence_M is not None:
+        record["influence"] = by_source(loader, move.influence_M)
+        record["coverage"] = move.coverage
+    return record
+
+
+def by_source(loader: Loader, values_M: Any) -> dict[str, float]:
+    """An array over sources as a mapping from their names."""
+    return dict(zip(loader.names, np.asarray(values_M, np.float64).tolist(), strict=True))
+
+
+# --- saving and restoring ----------------------------------------------------------------------
+
+
+def _save(
+    checkpoints: Checkpoints, step: int, run: Run, params: Params, state: InfluenceState
+) -> None:
+    arrays = {"params": params, "optimizer": state, "key": jax.random.key_data(run.key)}
+    host = {"loader": run.loader.get_state()}
+    if run.samplers is not None:
+        host["samplers"] = run.samplers.get_state()
+    checkpoints.save(step, arrays, host)
+
+
+def _restore(run: Run, checkpoints: Checkpoints) -> tuple[Run, int]:
+    like = {"params": run.params, "optimizer": run.state, "key": jax.random.key_data(run.key)}
+    restored = checkpoints.restore(like)
+    run.loader.set_state(restored.host["loader"])
+    if run.samplers is not None:
+        run.samplers.set_state(restored.host["samplers"])
+    arrays = restored.arrays
+    key = jax.random.wrap_key_data(arrays["key"])
+    return run._replace(params=arrays["params"], state=arrays["optimizer"], key=key), restored.step
+
+
+def _save_config(folder: Path, config: RunConfig) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / ".config.yaml.partial"
+    partial.write_text(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
+    partial.replace(folder / "config.yaml")
+
+
+def refuse_other_config(folder: Path, config: RunConfig) -> None:
+    """Refuse to resume a run under a config that would make it another run."""
+    saved = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    changed = [
+        f"{key} (was {old!r}, now {new!r})"
+        for key, old, new in _differences("", saved, now)
+        if key not in MAY_CHANGE
+    ]
+    if changed:
+        raise StateError(
+            f"{folder} was started with another config: {'; '.join(changed[:4])}; "
+            "resume with the same values, or choose another out="
+        )
+
+
+def _differences(prefix: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in old | new:
+            yield from _differences(f"{prefix}.{key}".lstrip("."), old.get(key), new.get(key))
+    elif old != new:
+        yield prefix, old, new
+
+
+def describe(run: Run) -> dict[str, Any]:
+    """Facts about a run that its report shows."""
+    return {
+        "targets": run.optimizer.targets or (run.samplers.targets if run.samplers else {}),
+        "parameters": decoder.count_parameters(run.params),
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "sources": list(run.loader.names),
+        "versions": {name: version(name) for name in ("data-handler", "jax", "flax", "optax", "grain")},
+    }
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collect the first SIGINT or SIGTERM; a second one acts at once, as without us."""
+    received: list[int] = []
+    old: dict[int, Any] = {}
+
+    def receive(number: int, _: Any) -> None:
+        received.append(number)
+        for each, handler in old.items():
+            signal.signal(each, handler)
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            old[number] = signal.signal(number, receive)
+    except ValueError:  # not the main thread (a notebook's worker): the caller handles signals
+        with nullcontext():
+            yield received
+        return
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
