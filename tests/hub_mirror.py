@@ -62,7 +62,7 @@ class Handler(BaseHTTPRequestHandler):
         if files[0].name == ".gated":
             return self.refuse(401, "GatedRepo")
         commit = self.server.commit(repository)
-        verb, revision = (rest + ["revision", "main"])[:2] if not rest else rest[:2]
+        verb, revision = (rest or ["revision", "main"])[:2]
         if revision not in ("main", commit):
             return self.refuse(404, "RevisionNotFound")
         inside = "/".join(rest[2:])

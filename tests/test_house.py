@@ -34,6 +34,8 @@ FLOORS = {
     "dh_jax.distillation": 3,
     "dh_jax.influence.optimizer": 4,
     "dh_jax.evaluate": 4,
+    "dh_jax.preview": 4,
+    "dh_jax.pricing": 4,
     "dh_jax.ranking": 4,
     "dh_jax.report": 4,
     "dh_jax.runlog": 4,
@@ -43,6 +45,7 @@ FLOORS = {
     "dh_jax.viz": 4,
     "dh_jax.cli": 5,
     "dh_jax.compose": 5,
+    "dh_jax.console": 5,
     "dh_jax.demo": 5,
     "dh_jax": 6,  # the face of the whole; nobody inside looks at it
     "dh_torch_bridge": 7,

@@ -119,14 +119,10 @@ def installed(
 def test_dh_lists_the_configs_of_its_own_installation(
     installed: Environment, tmp_path: Path
 ) -> None:
-    assert "mixed_pretrain" in run([installed.bin / "dh", "configs"], cwd=tmp_path)
-    found = run(
-        [installed.bin / "python", "-c",
-         "from dh_jax.config import config_folder; print(config_folder())"],
-        cwd=tmp_path,
-    )
-    assert Path(found.strip()) == installed.configs
-    assert (installed.configs / "data" / "mixed_pretrain.yaml").is_file()
+    folder, *groups = run([installed.bin / "dh", "configs"], cwd=tmp_path).splitlines()
+    assert Path(folder) == installed.configs
+    (data,) = [line for line in groups if line.split()[0] == "data"]
+    assert "mixed_pretrain" in data
 
 
 def test_every_shipped_config_is_in_the_installation(installed: Environment) -> None:

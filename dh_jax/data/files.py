@@ -6,7 +6,7 @@ import glob
 import hashlib
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -46,6 +46,9 @@ class Step(NamedTuple):
     row: int
 
 
+Steps = Generator[Step, None, None]
+
+
 class FileRecords:
     """The records of some files, one file after another; see `RecordStream`."""
 
@@ -60,7 +63,7 @@ class FileRecords:
         self._format = spec.format
         self._columns = needed_columns(spec.text)
         self._at = (0, 0, 0)  # place in the order, offset, row
-        self._steps: Iterator[Step] | None = None
+        self._steps: Steps | None = None
 
     def __next__(self) -> Record:
         while self._at[0] < len(self._order):
@@ -92,7 +95,7 @@ class FileRecords:
 
     def close(self) -> None:
         if self._steps is not None:
-            self._steps.close()  # type: ignore[attr-defined]  # always a generator
+            self._steps.close()
             self._steps = None
 
 
@@ -134,9 +137,7 @@ def _magic(path: str) -> int:
     return min((path.index(c) for c in "*?[" if c in path), default=len(path))
 
 
-def read_file(
-    path: str, format: str, columns: Sequence[str], offset: int, row: int
-) -> Iterator[Step]:
+def read_file(path: str, format: str, columns: Sequence[str], offset: int, row: int) -> Steps:
     """The records of one file, from byte ``offset`` (of the decompressed text) and ``row`` on."""
     stem, ending = os.path.splitext(path)
     if ending in (".gz", ".zst"):
@@ -146,10 +147,10 @@ def read_file(
         return _read_parquet(path, columns, row)
     if kind == "jsonl":
         return _read_jsonl(path, offset, row)
-    return iter((Step(Record(partial(_read_text, path), path), None, 1),))
+    return _read_tree(path)
 
 
-def _read_jsonl(path: str, offset: int, row: int) -> Iterator[Step]:
+def _read_jsonl(path: str, offset: int, row: int) -> Steps:
     try:
         for line in _lines(path, offset):
             row += 1
@@ -157,6 +158,10 @@ def _read_jsonl(path: str, offset: int, row: int) -> Iterator[Step]:
             yield Step(Record(partial(parse_json, line), f"{path}:{row}"), offset, row)
     except (EOFError, OSError, zlib.error, _zstd_error()) as error:
         yield Step(Record(partial(fail, _file_fault(error, row)), f"{path}:{row + 1}"), None, row)
+
+
+def _read_tree(path: str) -> Steps:
+    yield Step(Record(partial(_read_text, path), path), None, 0)
 
 
 def _read_text(path: str) -> str:
@@ -233,7 +238,7 @@ def _zstd_error() -> type[Exception]:
     return ZstdError
 
 
-def _read_parquet(path: str, columns: Sequence[str], row: int) -> Iterator[Step]:
+def _read_parquet(path: str, columns: Sequence[str], row: int) -> Steps:
     try:
         file = pq.ParquetFile(path, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:  # the index is at the end, so nothing is readable

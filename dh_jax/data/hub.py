@@ -53,10 +53,16 @@ class HubRecords:
             if columns is None:
                 self._go(self._place + 1)
                 continue
-            where = f"{self._spec.path}:file {self._order[self._place]} row {self._row}"
             self._row += 1
-            return Record(partial(_given, columns), where)
+            return Record(partial(_given, columns), f"{self._file_name()}:row {self._row - 1}")
         raise StopIteration
+
+    def _file_name(self) -> str:
+        """The file being read, as org/name/file."""
+        index = self._order[self._place]
+        if len(self._files) != len(self._order):  # a builder that deals its files out otherwise
+            return f"{self._spec.path}:part {index}"
+        return re.sub(r"^hf://datasets/|@[0-9a-f]{40}(?=/)", "", self._files[index])
 
     def identity(self) -> dict[str, str]:
         """The files' addresses hold the commit, so a data set that changed is noticed."""
@@ -69,7 +75,7 @@ class HubRecords:
         # A data set not yet iterated does not report the state it was given, so that is kept. As
         # text, because the shape of the state changes under way, which Grain advises against.
         fresh = self._rows is None
-        state = self._saved if fresh else json.dumps(self._file.state_dict())
+        state = "" if fresh else json.dumps(self._file.state_dict())
         return {"file": self._place, "row": self._row, "datasets": state}
 
     def seek(self, cursor: Mapping[str, Any]) -> None:
@@ -106,30 +112,23 @@ def _explained(name: str, spec: HubSource, error: BaseException) -> DataError:
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and len(chain) < 20:
         chain.append(cause)
-    status = next((s for s in map(_status, chain) if s), None)
-    kinds = " ".join(kind.__name__ for link in chain for kind in type(link).__mro__)
+    kinds = {kind.__name__ for link in chain for kind in type(link).__mro__}
     said = " ".join(str(error).split())
-    if status in (401, 403) or "gated" in said:
-        cure = (
-            "it asks for a login or accepted terms, or does not exist; check path, accept the "
-            "terms on its page, and log in (hf auth login, or set HF_TOKEN)"
-        )
-    elif status == 404 or "DatasetNotFoundError" in kinds or "FileNotFoundError" in kinds:
-        cure = "not found; check path, name, revision and data_files"
-    elif "scripts are no longer supported" in said:
+    if "scripts are no longer supported" in said:
         cure = (
             "it is a loading script, which datasets no longer runs; name its files instead, "
             f"for example path: parquet, data_files: hf://datasets/{spec.path}/data/*.parquet"
         )
-    elif status is not None or "ConnectionError" in kinds or "ConnectError" in kinds:
+    elif kinds & {"ConnectError", "ConnectionError", "TimeoutException", "TimeoutError"}:
         cure = "cannot be reached; check the network, or set HF_ENDPOINT to a reachable mirror"
+    elif kinds & {"DatasetNotFoundError", "FileNotFoundError"}:
+        cure = (
+            "not found, or not open to you; check path, name, revision and data_files; for gated "
+            "data accept the terms on its page and log in (hf auth login, or set HF_TOKEN)"
+        )
     else:
         cure = "cannot be read; check name, hub_split and data_files"
     what = f"{spec.path} ({spec.name})" if spec.name else spec.path
     return DataError(
         f"source {name!r}: data set {what} at HF_ENDPOINT {endpoint}: {cure} [{said[:300]}]"
     )
-
-
-def _status(error: BaseException) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)

@@ -24,7 +24,7 @@ class Document(NamedTuple):
 
     text: str
     id: int  # unsigned 64-bit hash of the content: equal texts have equal ids
-    where: str  # "a.jsonl:17", "a.parquet:row 17", "a.txt", "org/name:file 0 row 17"
+    where: str  # "a.jsonl:17", "a.parquet:row 17", "a.txt", "org/name/a.parquet:row 17"
 
 
 def document_id(text: str) -> int:
@@ -134,8 +134,6 @@ class DocumentSource(grain.IterDataset[Document]):
 class DocumentIterator(grain.DatasetIterator[Document]):
     """Iterator of a `DocumentSource`; its state is a few integers and hashes, fit for JSON."""
 
-    _records: RecordStream | None = None  # so that close() works where opening failed
-
     def __init__(self, source: DocumentSource) -> None:
         super().__init__()
         self._source = source
@@ -240,8 +238,9 @@ class DocumentIterator(grain.DatasetIterator[Document]):
         self._counts = {reason: int(state["skipped"].get(reason, 0)) for reason in REASONS}
 
     def close(self) -> None:
-        if self._records is not None:
-            self._records.close()
+        records: RecordStream | None = getattr(self, "_records", None)  # None if opening failed
+        if records is not None:
+            records.close()
         super().close()
 
 

@@ -223,9 +223,15 @@ class TokenizerWrapper:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits of what decides the ids of a document, and nothing else."""
+        """16 hexadecimal digits of what decides the ids of a document, and nothing else.
+
+        The same whichever way the tokenizer came here: from a GGUF file, a folder, transformers.
+        """
         state = json.loads(self._backend.to_str())
-        decisive = {k: state[k] for k in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
+        decisive = {k: state[k] for k in ("normalizer", "pre_tokenizer", "added_tokens")}
+        # An option of the model that is off may be absent, null, false or an empty string.
+        off = (None, False, "")
+        decisive["model"] = {k: v for k, v in state["model"].items() if v not in off}
         decisive["bos"] = self.bos_id if self.add_bos else None
         decisive["eos"] = self.eos_id if self.add_eos else None
         canonical = json.dumps(decisive, sort_keys=True, separators=(",", ":"))

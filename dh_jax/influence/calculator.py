@@ -72,7 +72,10 @@ class DataInfCalculator:
 
     def fit(self, params: Params, batch: Batch, key: jax.Array) -> DataInfState:
         """Measure the training gradients: one example for each row that has a valid target."""
-        return self._fit(params, batch, key)
+        state: DataInfState = self._fit(params, batch, key)
+        if state.gradients is not None:
+            return state
+        return state._replace(rows=datainf.Rows(params, batch, key))
 
     def precondition(self, state: DataInfState, v: Blocks) -> Blocks:
         """``q``, by path: the swapped inverse applied to the probe gradient ``v``."""

@@ -67,7 +67,7 @@ class Rows(NamedTuple):
 class DataInfState(NamedTuple):
     """What `fit` knows of the training gradients.
 
-    Short-lived: ``rows`` refers to the arrays given to `fit`, so use the state before a train
+    Short-lived: ``rows`` refers to the very arrays that were fitted, so use the state before a train
     step that donates its parameters.
     """
 
@@ -75,13 +75,17 @@ class DataInfState(NamedTuple):
     squares_B: Blocks  # |g_il|^2 of each row; 0 for a row without a valid target
     examples: jax.Array  # int32, n: rows with a valid target
     gradients: Blocks | None  # (rows in chunk order, *shape), where they fit in max_bytes
-    rows: Rows | None  # where they do not
+    rows: Rows | None = None  # where they do not
 
 
 def fit(
     loss_fn: LossFn, settings: Settings, params: Params, batch: Batch, key: jax.Array
 ) -> DataInfState:
-    """Measure the training gradients: one example for each row that has a valid target."""
+    """Measure the training gradients: one example for each row that has a valid target.
+
+    Where the gradients are not kept, the caller adds ``rows`` to the state: were they returned
+    from here, a compiled ``fit`` would copy every parameter.
+    """
     selection = select(params, settings.parameters)
     chunks, keys_N = chunks_and_keys(batch, settings.chunk, key)
     padded = chunks.tokens_BT.shape[0] * chunks.tokens_BT.shape[1]
@@ -98,10 +102,8 @@ def fit(
         name: settings.damping * x.sum() / (examples.clip(min=1) * selection.blocks[name].size)
         for name, x in squares_B.items()
     }
-    if keep:
-        gradients = {name: x.reshape(-1, *x.shape[2:]) for name, x in kept.items()}
-        return DataInfState(damping, squares_B, examples, gradients, None)
-    return DataInfState(damping, squares_B, examples, None, Rows(params, batch, key))
+    gradients = {name: x.reshape(-1, *x.shape[2:]) for name, x in kept.items()} if keep else None
+    return DataInfState(damping, squares_B, examples, gradients)
 
 
 def precondition(loss_fn: LossFn, settings: Settings, state: DataInfState, v: Blocks) -> Blocks:
@@ -117,7 +119,7 @@ def precondition(loss_fn: LossFn, settings: Settings, state: DataInfState, v: Bl
     if state.gradients is not None:
         total = shrink(state.gradients)
     else:
-        assert state.rows is not None
+        assert state.rows is not None, "DataInfCalculator.fit adds the rows"
         params, batch, key = state.rows
         selection = select(params, settings.parameters)
 

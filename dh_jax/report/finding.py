@@ -23,11 +23,6 @@ from dh_jax.report.statistics import (
     warnings,
 )
 
-VERDICTS = {
-    "better": "beats",
-    "worse": "does worse than",
-}
-
 
 def summarise(runs: Sequence[Run]) -> Summary:
     """What the runs show, in numbers and in words.
@@ -45,6 +40,7 @@ def summarise(runs: Sequence[Run]) -> Summary:
         for name, group in groups.items()
         if (ended := [r for r in group if r.evals and set(targets) <= set(r.evals[-1].domains)])
     }
+    ends = {name: finals(group) for name, group in groups.items()}
     clocks = {name: clock(group) for name, group in groups.items()}
     return Summary(
         headline=_headline(runs, targets, differences, refused),
@@ -52,7 +48,8 @@ def summarise(runs: Sequence[Run]) -> Summary:
         policies=tuple(groups),
         seeds={name: tuple(r.seed for r in group) for name, group in groups.items()},
         targets=targets,
-        final={name: finals(group) for name, group in groups.items()},
+        domains=tuple(dict.fromkeys([*targets, *(d for f in ends.values() for d in f)])),
+        final=ends,
         target_loss=losses,
         differences=differences,
         refusal=refused,
@@ -77,25 +74,26 @@ def _headline(
     parts = []
     for name in dict.fromkeys(d.steered for d in differences):
         told = [d for d in differences if d.steered == name and d.domain is None]
-        groups: dict[str, list[str]] = {}
+        groups: dict[tuple[str, str], list[str]] = {}
         for d in told:
             groups.setdefault(_verb(d), []).append(d.baseline)
-        verbs = "; it ".join(f"{verb} {join(bases)}" for verb, bases in groups.items())
-        parts.append(f"Mixing steered by {name} {verbs} on held-out {join(list(targets))}.")
+        verbs = "; it ".join(f"{verb} {join(b)}{rest}" for (verb, rest), b in groups.items())
+        parts.append(f"On held-out {join(list(targets))}, mixing steered by {name} {verbs}.")
     return " ".join(parts)
 
 
-def _verb(d: Difference) -> str:
+def _verb(d: Difference) -> tuple[str, str]:
+    """What goes before and after the baseline's name."""
     if d.verdict == "better":
-        return "beats"
+        return "beats", ""
     if d.verdict == "worse":
-        return "does worse than"
+        return "does worse than", ""
     if d.spread.mean == 0:
-        return "ends level with"
-    side = "below" if d.spread.mean < 0 else "above"
+        return "ends level with", ""
+    side = "ahead of" if d.spread.mean < 0 else "behind"
     if d.verdict == "single":
-        return f"ends {side} (in the one seed run)"
-    return f"ends {side} on average, but within the spread of seeds, against"
+        return f"ends {side}", " in the one seed that was run"
+    return f"ends {side}", ", but the 95 % interval includes zero"
 
 
 def _progress(runs: Sequence[Run], targets: Mapping[str, float]) -> str:
@@ -145,14 +143,15 @@ def _against(d: Difference, losses: Mapping[str, Spread]) -> str:
     count = len(d.seeds)
     lead = (
         f"Against {d.baseline}: {signed(d.spread.mean)} nats a token "
-        f"({signed_percent(d.relative)}; {number(losses[d.steered].mean)} against {number(losses[d.baseline].mean)})"
+        f"({signed_percent(d.relative)}; {number(losses[d.steered].mean)} against "
+        f"{number(losses[d.baseline].mean)})"
     )
     if d.interval is None:
         return f"{lead}, from one seed, so without a measure of spread."
     low, high = d.interval
     sure = "" if low > 0 or high < 0 else ", which includes zero: no difference is shown"
     return (
-        f"{lead}, lower in {lower} of {count} seeds; 95 % interval of the paired difference "
+        f"{lead}, lower in {lower} of {count} seeds; 95 % interval of the paired difference "
         f"{signed(low)} to {signed(high)}{sure}."
     )
 
@@ -201,23 +200,22 @@ def signed_percent(share: float) -> str:
 
 
 def amount(count: float) -> str:
-    """A count in at most three or four figures: ``41.0 k``, ``2.05 M``."""
+    """A count in three figures: ``491 k``, ``1.8 M``."""
+    rounded = float(f"{count:.3g}")
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(count) >= limit:
-            return (
-                f"{count / limit:.3g} {unit}"
-                if count < 999.5 * limit
-                else f"{count / limit:.0f} {unit}"
-            )
-    return f"{count:.0f}"
+        if rounded >= limit:
+            return f"{rounded / limit:.3g} {unit}"
+    return f"{rounded:g}"
 
 
 def seconds(value: float) -> str:
     """A duration: ``0.41 s``, ``48 s``, ``3 min 20 s``, ``2 h 05 min``."""
     if value < 10:
         return f"{value:.2f} s"
-    if value < 99.5:
-        return f"{value:.0f} s"
-    if value < 3600:
-        return f"{value // 60:.0f} min {value % 60:02.0f} s"
-    return f"{value // 3600:.0f} h {value % 3600 // 60:02.0f} min"
+    whole = round(value)
+    if whole < 100:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(value / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"

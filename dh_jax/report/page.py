@@ -128,7 +128,9 @@ def default_title(runs: Sequence[Run]) -> str:
 
 
 def best(summary: Summary) -> dict[str, str]:
-    """The policy with the lowest mean loss of each domain, where there are several."""
+    """The policy with the lowest mean loss of each domain, where policies may be compared."""
+    if summary.refusal:
+        return {}
     domains = dict.fromkeys(d for finals in summary.final.values() for d in finals)
     lowest = {}
     for domain in domains:

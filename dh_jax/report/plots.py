@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,9 +15,9 @@ from dh_jax.report.runs import Documents, Run, tokens_at
 from dh_jax.report.statistics import BASELINES, Summary, clock, target_loss
 
 WIDE, NARROW = 840, 372  # CSS pixels; a phone gets the narrow drawing
-PHASES = {"train": "source-0", "eval": "source-2", "reweight": "policy-0",
-          "checkpoint": "source-1", "compile": "source-7"}  # fmt: skip
-OTHER_PHASE = "source-3"
+PHASES = {"train": "static", "eval": "uniform", "reweight": "policy-0",
+          "checkpoint": "policy-2", "compile": "rule"}  # fmt: skip
+OTHER_PHASE = "muted"
 THROUGHPUT_WINDOWS = 40
 
 
@@ -88,15 +88,18 @@ def _losses(runs: Mapping[str, list[Run]], summary: Summary) -> Iterator[tuple[s
     yield _draw(
         "target",
         f"Held-out loss on {aims}",
-        f"Loss on documents of {aims} that training never sees, after equal numbers of "
-        f"tokens{mean}. Lower is better.",
+        f"Loss on documents of {aims} that training never sees"
+        f"{', after equal numbers of tokens' if len(series) > 1 else ''}{mean}. "
+        f"Lower is better.{_cut_words([series])}",
         lambda width: viz.lines(
-            series, width, _height(width), heading=f"{aims}: held-out loss, nats a token"
+            series,
+            width,
+            _height(width),
+            heading=f"{aims}: held-out loss, nats a token",
+            top=viz.settled(series),
         ),
     )
-    domains = dict.fromkeys(
-        d for group in seen.values() for r in group for d in r.evals[-1].domains
-    )
+    domains = summary.domains
     if len(domains) < 2:
         return
     groups = {
@@ -110,14 +113,24 @@ def _losses(runs: Mapping[str, list[Run]], summary: Summary) -> Iterator[tuple[s
     yield _draw(
         "domains",
         "Held-out loss of every domain",
-        f"Nats a token over tokens{mean}. Each panel has its own scale.",
+        f"Nats a token over tokens{mean}. Each panel has its own scale."
+        f"{_cut_words(groups.values())}",
         lambda width: viz.panels(groups, width, 3 if width == WIDE else 1),
     )
 
 
+def _several(runs: Mapping[str, list[Run]]) -> bool:
+    return any(len(group) > 1 for group in runs.values())
+
+
 def _mean_words(runs: Mapping[str, list[Run]]) -> str:
-    several = any(len(group) > 1 for group in runs.values())
+    several = _several(runs)
     return "; thin lines are seeds, the bold line is their mean" if several else ""
+
+
+def _cut_words(groups: Iterable[Sequence[viz.Series]]) -> str:
+    cut = any(viz.settled(series) is not None for series in groups)
+    return " The steep start is cut off." if cut else ""
 
 
 def _target_curve(run: Run, targets: Mapping[str, float]) -> tuple[list[float], list[float]]:
@@ -152,8 +165,9 @@ def _differences(summary: Summary) -> Iterator[tuple[str, Drawing]]:
     yield _draw(
         "differences",
         "Paired differences in final loss",
-        "Steered minus baseline with the same seed: circles are seeds, the diamond is their mean, "
-        "the bar its 95 % interval. A bar that crosses 0 shows no difference. Targets are bold.",
+        "Steered minus baseline with the same seed: the diamond is the mean, the bar its 95 % "
+        "interval, the circles below it are seeds. A bar that crosses 0 shows no difference. "
+        "Targets are bold.",
         lambda width: viz.effects(groups, width, 2 if width == WIDE and len(groups) > 1 else 1),
     )
 
@@ -176,14 +190,15 @@ def _mixture(runs: Mapping[str, list[Run]]) -> Iterator[tuple[str, Drawing]]:
                 f"Weights chosen by {name}",
                 f"Share of the mixture that each source was given{mean}.",
                 lambda width, weights=weights: viz.lines(  # type: ignore[misc]
-                    weights, width, _height(width), heading="weight in the mixture", share=True
+                    weights, width, _height(width), heading="weight in the mixture", scale="share"
                 ),
             )
         moved = [run for run in group if run.reweights]
         if moved:
             helpful = [
-                viz.Series(source, styles[source], [_helpfulness(run, source) for run in moved])
+                viz.Series(source, styles[source], curves)
                 for source in sources
+                if (curves := [c for run in moved if (c := _helpfulness(run, source))[0]])
             ]
             yield _draw(
                 f"helpfulness-{name}",
@@ -195,7 +210,7 @@ def _mixture(runs: Mapping[str, list[Run]]) -> Iterator[tuple[str, Drawing]]:
                     width,
                     _height(width),
                     heading="helpfulness (minus influence)",
-                    zero=True,
+                    scale="signed",
                 ),
             )
 
@@ -219,11 +234,10 @@ def _tokens(runs: Mapping[str, list[Run]]) -> Iterator[tuple[str, Drawing]]:
         name: (styles[name], [tokens_of(group, source) for source in sources])
         for name, group in runs.items()
     }
-    several = any(len(group) > 1 for group in runs.values())
     yield _draw(
         "tokens",
         "Tokens seen of each source",
-        f"Trained on by the end of the run{', mean over seeds' if several else ''}.",
+        f"Trained on by the end of the run{', mean over seeds' if _several(runs) else ''}.",
         lambda width: viz.dots(sources, amounts, width),
     )
 
@@ -253,7 +267,7 @@ def _time(runs: Mapping[str, list[Run]]) -> Iterator[tuple[str, Drawing]]:
     yield _draw(
         "time",
         "Where the time went",
-        "Wall-clock seconds of a run by phase, mean over seeds.",
+        f"Wall-clock seconds of a run by phase{', mean over seeds' if _several(timed) else ''}.",
         lambda width: viz.stacks(list(clocks), parts, width, unit="seconds a run"),
     )
     styles = viz.policy_styles(list(runs))
@@ -268,7 +282,7 @@ def _time(runs: Mapping[str, list[Run]]) -> Iterator[tuple[str, Drawing]]:
             "Throughput of the training steps",
             f"Tokens a second within the training phase{_mean_words(timed)}.",
             lambda width: viz.lines(
-                series, width, _height(width) - 70, heading="tokens a second", zero=True
+                series, width, _height(width) - 70, heading="tokens a second", scale="amount"
             ),
         )
 
@@ -314,8 +328,8 @@ def _training(runs: Mapping[str, list[Run]]) -> Iterator[tuple[str, Drawing]]:
     yield _draw(
         "training",
         "The optimisation",
-        "On the batches trained on, whose mixture differs between policies: the training loss "
-        "does not say which policy is better.",
+        "On the batches trained on; their mixture moves with the weights, so a lower training loss "
+        f"does not say that a policy is better.{_cut_words(groups.values())}",
         lambda width: viz.panels(groups, width, 3 if width == WIDE else 1),
     )
 

@@ -86,6 +86,7 @@ class Summary(NamedTuple):
     policies: tuple[str, ...]  # steered first
     seeds: dict[str, tuple[int, ...]]
     targets: dict[str, float]  # weights that sum to 1
+    domains: tuple[str, ...]  # every evaluated domain, targets first
     final: dict[str, dict[str, Final]]  # policy -> domain
     target_loss: dict[str, Spread]  # policy -> weighted mean over the targets
     differences: tuple[Difference, ...]  # empty where the comparison is refused
@@ -133,8 +134,11 @@ def t_quantile(p: float, dof: int) -> float:
 def spread(values: Iterable[float]) -> Spread:
     """Mean and standard error (sample standard deviation over root n)."""
     kept = tuple(values)
-    error = statistics.stdev(kept) / math.sqrt(len(kept)) if len(kept) > 1 else None
-    return Spread(kept, statistics.fmean(kept), error)
+    mean, count = statistics.fmean(kept), len(kept)
+    if count < 2:
+        return Spread(kept, mean, None)
+    variance = sum((value - mean) ** 2 for value in kept) / (count - 1)  # NaN of a run that is NaN
+    return Spread(kept, mean, math.sqrt(variance / count))
 
 
 def interval(s: Spread, confidence: float = CONFIDENCE) -> tuple[float, float] | None:
@@ -237,6 +241,11 @@ def warnings(runs: Sequence[Run]) -> list[str]:
         said.append(
             f"The runs used different devices ({', '.join(devices)}); times do not compare."
         )
+    said += [
+        f"{run.label} is not finished ({run.status}): these are its figures so far."
+        for run in runs
+        if run.status != "finished"
+    ]
     said += [f"{run.label}: {note}." for run in runs for note in run.notes]
     return said
 
@@ -297,9 +306,8 @@ def all_differences(
         for base in (n for n in BASELINES if n in groups):
             found.append(difference(groups[name], groups[base], targets, None))
             evaluated = [set(r.evals[-1].domains) for r in (*groups[name], *groups[base])]
-            shared = [
-                d for d in groups[name][0].evals[-1].domains if all(d in e for e in evaluated)
-            ]
+            order = dict.fromkeys([*targets, *groups[name][0].evals[-1].domains])
+            shared = [d for d in order if all(d in e for e in evaluated)]
             found += [difference(groups[name], groups[base], {d: 1.0}, d) for d in shared]
     return found
 

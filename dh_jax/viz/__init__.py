@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dh_jax.viz.figures import Effect, dots, effects, lines, panels, stacks, strips
-from dh_jax.viz.parts import Series, mean_curve
+from dh_jax.viz.parts import Series, mean_curve, settled
 from dh_jax.viz.style import THEMES, Style, css_variables, policy_styles, source_styles
 from dh_jax.viz.svg import to_svg
 
@@ -19,6 +19,7 @@ __all__ = [
     "mean_curve",
     "panels",
     "policy_styles",
+    "settled",
     "source_styles",
     "stacks",
     "strips",

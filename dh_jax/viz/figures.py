@@ -8,15 +8,17 @@ drawn alike everywhere; colours come from `dh_jax.viz.style`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from dh_jax.viz import parts
 from dh_jax.viz.parts import Series
 from dh_jax.viz.style import PAINT, Style
+
+Scale = Literal["free", "signed", "amount", "share"]
 
 
 class Effect(NamedTuple):
@@ -35,8 +37,8 @@ def lines(
     height: int,
     *,
     heading: str,
-    zero: bool = False,
-    share: bool = False,
+    scale: Scale = "free",
+    top: float | None = None,
 ) -> Figure:
     """Curves over tokens, each labelled at its end.
 
@@ -44,16 +46,22 @@ def lines(
         series: what to draw; the mean over each one's curves is bold.
         width, height: in CSS pixels.
         heading: what the y axis shows, with its unit, set above it.
-        zero: draw a line at 0. share: y is a fraction, shown in per cent from 0.
+        scale: of y: free; signed (a line at 0); amount (from 0, 10 k for 10,000); share (a
+            fraction that holds from one point to the next, in per cent from 0).
+        top: higher values run out of the axis (see `settled`).
     """
     longest = max((len(parts.short(s.label)) for s in series), default=0)
     figure, (ax,) = parts.figure(width, height, 1, 1, right=22 + 7.2 * longest)
     parts.heading(ax, heading)
-    parts.draw(ax, series)
-    if share:
+    parts.draw(ax, series, steps=scale == "share")
+    parts.cut_top(ax, top)
+    if scale == "share":
         ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    if scale == "amount":
+        ax.yaxis.set_major_formatter(EngFormatter(sep="\u202f"))
+    if scale in ("share", "amount"):
         ax.set_ylim(bottom=0)
-    if zero:
+    if scale == "signed":
         ax.axhline(0, color=PAINT["muted"], linewidth=1, zorder=1)
     parts.token_axis(ax)
     parts.end_labels(ax, series)
@@ -63,25 +71,32 @@ def lines(
 def panels(
     groups: Mapping[str, Sequence[Series]], width: int, columns: int, *, row_height: int = 170
 ) -> Figure:
-    """Small multiples over tokens, one panel a group, with one key above them all."""
+    """Small multiples over tokens, one panel a group, with one key above them all.
+
+    Steep starts are cut off (see `settled`).
+    """
     rows = -(-len(groups) // columns)
-    height = 44 + row_height * rows
-    figure, axes = parts.figure(width, height, rows, columns, top=58, right=14, gap=(56, 58))
+    entries = [(s.label, s.style) for s in next(iter(groups.values()), ())]
+    top = 58 if len(entries) > 1 else 32
+    height = top - 14 + row_height * rows
+    figure, axes = parts.figure(width, height, rows, columns, top=top, right=14, gap=(56, 58))
     for ax, (name, series) in zip(axes, groups.items(), strict=False):
         parts.heading(ax, name)
         parts.draw(ax, series)
+        parts.cut_top(ax, parts.settled(series))
         parts.token_axis(ax, few=True)
     for ax in axes[len(groups) :]:
         ax.set_visible(False)
-    parts.key(figure, [(s.label, s.style) for s in next(iter(groups.values()), ())])
+    if len(entries) > 1:
+        parts.key(figure, entries)
     return figure
 
 
 def effects(groups: Mapping[str, Sequence[Effect]], width: int, columns: int) -> Figure:
-    """Forest plots on one scale: circles are seeds, the diamond their mean, the bar an interval."""
+    """Forest plots on one scale: a diamond (mean) on its interval, circles for seeds."""
     most = max(len(rows) for rows in groups.values())
     down = -(-len(groups) // columns)
-    height = down * (27 * most + 84)
+    height = down * (30 * most + 84)
     longest = max(len(parts.short(e.label)) for rows in groups.values() for e in rows)
     label_width = 14 + 7.2 * longest
     figure, axes = parts.figure(
@@ -96,9 +111,9 @@ def effects(groups: Mapping[str, Sequence[Effect]], width: int, columns: int) ->
             paint = PAINT["policy-0"] if effect.strong else PAINT["static"]
             if effect.interval is not None:
                 ax.plot(effect.interval, [y, y], color=paint, linewidth=2.2, zorder=2)
-            ax.plot(effect.values, [y] * len(effect.values), linestyle="none", marker="o",
-                    markersize=7, mfc="none", mec=paint, zorder=3)  # fmt: skip
-            ax.plot([effect.mean], [y], marker="D", markersize=7, color=paint, zorder=4)
+            ax.plot([effect.mean], [y], marker="D", markersize=7.5, color=paint, zorder=4)
+            ax.plot(effect.values, [y + 0.3] * len(effect.values), linestyle="none", marker="o",
+                    markersize=5, mfc="none", mec=paint, zorder=3)  # fmt: skip
         parts.row_labels(ax, [e.label for e in rows], [e.strong for e in rows])
         ax.set_xlim(-reach, reach)
         ax.xaxis.set_major_locator(MaxNLocator(5 if width > 500 else 4))

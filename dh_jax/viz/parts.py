@@ -18,6 +18,8 @@ Curve = tuple[Sequence[float], Sequence[float]]  # x and y of one run
 
 TEXT = 12.5
 SMALL = 11.5
+LEFT = 48.0  # pixels left of an axis, for its numbers
+START = 0.15  # of a curve's length: what may be cut off where it falls steeply
 MOST_POINTS = 240  # points kept of a curve; more cannot be seen at these widths
 LABEL_LENGTH = 15
 LABEL_GAP = 15.0
@@ -44,7 +46,7 @@ def mean_curve(curves: Sequence[Curve]) -> Curve:
 
 def figure(
     width: int, height: int, rows: int, columns: int, *,
-    left: float = 48, right: float = 16, top: float = 32, bottom: float = 42,
+    left: float = LEFT, right: float = 16, top: float = 32, bottom: float = 42,
     gap: tuple[float, float] = (56, 56),
 ) -> tuple[Figure, list[Axes]]:  # fmt: skip
     """A figure with margins and gaps in pixels, and its axes in reading order."""
@@ -71,23 +73,52 @@ def figure(
     return figure, list(axes.flat)
 
 
-def heading(ax: Axes, text: str, outset: float = 44) -> None:
+def heading(ax: Axes, text: str, outset: float = LEFT) -> None:
     """What is shown, level and above the axis, where it can be read without tilting the head."""
-    ax.annotate(text, (0, 1), xytext=(-outset + 4, 11), xycoords="axes fraction",
+    ax.annotate(plain(text), (0, 1), xytext=(-outset, 11), xycoords="axes fraction",
                 textcoords="offset points", fontsize=TEXT, color=PAINT["ink"])  # fmt: skip
 
 
-def draw(ax: Axes, series: Sequence[Series]) -> None:
+def draw(ax: Axes, series: Sequence[Series], *, steps: bool = False) -> None:
+    """The curves and their means; ``steps``: a value holds from the point before to its own."""
+    drawn = "steps-pre" if steps else "default"
     for s in series:
         paint = PAINT[s.style.colour]
         if len(s.curves) > 1:
             for x, y in s.curves:
-                ax.plot(*_thin(x, y), color=paint, linewidth=0.9, alpha=0.4, zorder=2)
+                ax.plot(
+                    *_thin(x, y), color=paint, linewidth=0.9, alpha=0.4, zorder=2, drawstyle=drawn
+                )
         mean = _thin(*mean_curve(s.curves))
         mark = s.style.marker if len(mean[0]) == 1 else None
-        ax.plot(*mean, color=paint, linewidth=2.2, linestyle=s.style.dash, marker=mark, zorder=3)
+        ax.plot(*mean, color=paint, linewidth=2.2, linestyle=s.style.dash, marker=mark, zorder=3,
+                drawstyle=drawn)  # fmt: skip
     ax.margins(x=0)
     ax.yaxis.set_major_locator(MaxNLocator(5))
+
+
+def settled(series: Sequence[Series]) -> float | None:
+    """The highest value once a steep start is over; None where no curve starts at its highest.
+
+    A language model's loss falls so far in its first steps that, drawn whole, what tells two
+    runs apart later cannot be seen.
+    """
+    tops, cut = [], False
+    for x, y in (curve for s in series for curve in s.curves):
+        xs, ys = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+        begin = xs[0] + START * (xs[-1] - xs[0])
+        tops += [np.interp(begin, xs, ys), *ys[xs >= begin]]
+        cut = cut or bool(len(ys) > 2 and np.isfinite(ys[0]) and not (ys > ys[0]).any())
+    high = max((t for t in tops if np.isfinite(t)), default=np.nan)
+    return float(high) if cut and np.isfinite(high) else None
+
+
+def cut_top(ax: Axes, top: float | None) -> None:
+    """Let what is above ``top`` run out of the axis."""
+    if top is not None:
+        lines = [np.asarray(line.get_ydata(), dtype=float) for line in ax.get_lines()]
+        low = float(np.nanmin(np.concatenate(lines)))
+        ax.set_ylim(low - 0.06 * (top - low), top + 0.06 * (top - low))
 
 
 def _thin(x: Sequence[float], y: Sequence[float]) -> tuple[npt.NDArray[np.float64], ...]:
@@ -177,9 +208,15 @@ def key(
         handles, [short(name) for name, _ in entries], loc="upper left", borderaxespad=0,
         bbox_to_anchor=(0, 1), frameon=False, ncols=-(-len(entries) // rows), fontsize=TEXT,
         labelcolor=PAINT["ink"], handlelength=1.2 if bars or marks else 2.2, columnspacing=1.4,
-        handletextpad=0.5, borderpad=0.2,
+        handletextpad=0.5, borderpad=0,
     )  # fmt: skip
 
 
 def short(label: str) -> str:
-    return label if len(label) <= LABEL_LENGTH else f"{label[: LABEL_LENGTH - 1]}…"
+    """A name as it is drawn: cut where it is too long, and never read as mathematics."""
+    return plain(label if len(label) <= LABEL_LENGTH else f"{label[: LABEL_LENGTH - 1]}…")
+
+
+def plain(text: str) -> str:
+    """Text that matplotlib shows as it is: dollars do not begin a formula."""
+    return text.replace("$", r"\$")

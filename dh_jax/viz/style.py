@@ -13,8 +13,8 @@ THEMES: dict[str, dict[str, str]] = {
     "light": {
         "paper": "#fdfdfb", "panel": "#f4f3ee", "ink": "#1c2026", "muted": "#5c636e",
         "grid": "#e2e1da", "rule": "#c9c8c0", "link": "#0b5a94",
-        "source-0": "#0072b2", "source-1": "#d98a00", "source-2": "#00916a", "source-3": "#c2649a",
-        "source-4": "#3c9fdc", "source-5": "#d55e00", "source-6": "#978a00", "source-7": "#6a7380",
+        "source-0": "#0072b2", "source-1": "#c77f00", "source-2": "#00916a", "source-3": "#c2649a",
+        "source-4": "#2f93d3", "source-5": "#d55e00", "source-6": "#978a00", "source-7": "#6a7380",
         "policy-0": "#5b3fd1", "policy-1": "#b5267e", "policy-2": "#0b7f8c",
         "static": "#3d444f", "uniform": "#8b929c",
     },
@@ -40,6 +40,11 @@ class Style(NamedTuple):
     colour: str
     dash: Dash = "solid"
     marker: str = "o"
+
+    @property
+    def stroke(self) -> str:
+        """The nearest CSS border style: solid, dashed or dotted."""
+        return ("solid", "dashed", "dotted", "dashed")[DASHES.index(self.dash)]
 
 
 def source_styles(sources: Sequence[str]) -> dict[str, Style]:

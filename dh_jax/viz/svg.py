@@ -52,7 +52,7 @@ def _tidy(body: str, key: str) -> str:
     body = body.replace("url(#", f"url(#{key}-").replace('xlink:href="#', f'href="#{key}-')
     body = re.sub(r'font-family: [^;"]*;?', "", body)
     body = re.sub(r' transform="rotate\(-?0 [^"]*\)"', "", body)
-    body = re.sub(r"(\d\.\d\d)\d+", r"\1", body)
+    body = re.sub(r'="[^"]*"', lambda m: re.sub(r"(\d\.\d\d)\d+", r"\1", m.group()), body)
     body = re.sub(r"#[0-9a-f]{6}", lambda m: _variable(m.group()), body)
     return re.sub(r"\s*\n\s*", " ", body).strip()
 

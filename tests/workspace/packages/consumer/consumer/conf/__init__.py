@@ -1,0 +1,1 @@
+"""Configs of the application; Hydra wants their folder to be a package."""
