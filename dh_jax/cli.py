@@ -96,7 +96,8 @@ def _train(options: argparse.Namespace) -> int:
         _module("console").print_price(price, console)
         return 0
     with _module("console").TrainProgress(run.training.steps, console) as progress:
-        facts = _module("train").train(run, listeners=(progress,))
+        command = " ".join(["dh train", *options.overrides])
+        facts = _module("train").train(run, listeners=(progress,), command=command)
     if facts["status"] != "finished":
         console.print(f"stopped at step {facts['step']}; go on with the same command and resume=true")
         return EXIT_INTERRUPTED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -26,7 +27,8 @@ def compose_run(overrides: Sequence[str] = ()) -> RunConfig:
     """The run that ``configs/train.yaml`` and the overrides describe, typed and checked.
 
     Args:
-        overrides: in Hydra's grammar, e.g. ``["data=demo", "training.steps=100"]``.
+        overrides: in Hydra's grammar, e.g. ``["data=demo", "training.steps=100"]``. A group also
+            takes a file of one's own: ``data=my/mixture.yaml``.
 
     Raises:
         ConfigError: a group, key or value is wrong; one line with the nearest known name.
@@ -34,13 +36,25 @@ def compose_run(overrides: Sequence[str] = ()) -> RunConfig:
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
-            composed = hydra_compose("train", overrides=list(overrides))
+            composed = hydra_compose("train", overrides=[_own_file(x) for x in overrides])
         run = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_one_line(error)) from error
     assert isinstance(run, RunConfig)
     run.data = validate_data(run.data)
     return run
+
+
+def _own_file(override: str) -> str:
+    """Make ``group=path.yaml`` a config that Hydra knows by name."""
+    group, _, path = override.partition("=")
+    if not path.endswith((".yaml", ".yml")) or group not in list_configs():
+        return override
+    if not Path(path).is_file():
+        raise ConfigError(f"{override}: no such file; shipped: {', '.join(list_configs()[group])}")
+    name = f"own_{Path(path).stem}"
+    ConfigStore.instance().store(group=group, name=name, node=OmegaConf.load(path))
+    return f"{group}={name}"
 
 
 def _one_line(error: Exception) -> str:

@@ -332,10 +332,13 @@ def source_config(name: str, raw: Any) -> SourceConfig:
             f"known kinds: {', '.join(SOURCE_KINDS)}"
         )
     fields = dict(raw)
-    if isinstance(fields.get("text"), str):  # text: content
-        fields["text"] = {"column": fields["text"]}
-    elif isinstance(fields.get("text"), list):  # text: [title, body]
-        fields["text"] = {"columns": fields["text"]}
+    text = fields.get("text")
+    if isinstance(text, str):  # text: content
+        fields["text"] = {"column": text}
+    elif isinstance(text, list):  # text: [title, body]
+        fields["text"] = {"column": None, "columns": text}
+    elif isinstance(text, Mapping):  # the default column gives way to what is named
+        fields["text"] = {"column": None, **text}
     source = typed(SOURCE_KINDS[kind], fields, where=f"source {name!r}")
     chosen = [source.text.column, source.text.columns, source.text.template]
     if sum(choice is not None for choice in chosen) != 1:

@@ -197,12 +197,15 @@ def open_run(config: RunConfig, closing: ExitStack) -> Run:
     )  # fmt: skip
 
 
-def train(config: RunConfig, *, listeners: tuple[Listener, ...] = ()) -> dict[str, Any]:
+def train(
+    config: RunConfig, *, listeners: tuple[Listener, ...] = (), command: str | None = None
+) -> dict[str, Any]:
     """Train to the end, or until Ctrl-C or SIGTERM, which leave a resumable run.
 
     Args:
         config: see `RunConfig`; ``out`` is the run's folder.
         listeners: called with every metrics record, e.g. a progress bar.
+        command: how a user would start this run again; kept in ``run.json`` for the report.
 
     Returns:
         The content of ``run.json``; its ``status`` is ``finished`` or ``interrupted``.
@@ -234,16 +237,21 @@ def train(config: RunConfig, *, listeners: tuple[Listener, ...] = ()) -> dict[st
             listeners += (trackers.wandb(folder, dataclasses.asdict(config)),)
         log = RunLog(folder, step=step, listeners=listeners)
         closing.callback(log.close)
-        return _loop(run, step or 0, checkpoints, log, folder)
+        facts = describe(run) | {"command": command}
+        return _loop(run, step or 0, checkpoints, log, folder, facts)
 
 
 def _loop(
-    run: Run, first: int, checkpoints: Checkpoints, log: RunLog, folder: Path
+    run: Run,
+    first: int,
+    checkpoints: Checkpoints,
+    log: RunLog,
+    folder: Path,
+    facts: dict[str, Any],
 ) -> dict[str, Any]:
     config, training = run.config, run.config.training
     loader, samplers, optimizer = run.loader, run.samplers, run.optimizer
     params, state = run.params, run.state
-    facts = describe(run)
     write_json(folder / "run.json", facts | {"status": "running", "step": first})
     train_step = make_step(run.loss_fn, optimizer, len(loader.names))
     schedule = make_schedule(training)

@@ -264,7 +264,8 @@ def test_no_module_initialises_a_jax_backend_on_import() -> None:
 
 
 def committed_files() -> list[Path]:
-    """What git tracks or would track; in an unpacked sdist, which has no git, every file."""
+    """What git tracks or would track; in an unpacked sdist, which has no git, every file but
+    those in hidden folders (environments, caches)."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         capture_output=True,
@@ -274,7 +275,8 @@ def committed_files() -> list[Path]:
     if listed.returncode == 0:
         found = [ROOT / name for name in listed.stdout.decode().split("\0") if name]
     else:
-        found = list(ROOT.rglob("*"))
+        found = [p for p in ROOT.rglob("*")
+                 if not any(part.startswith(".") for part in p.relative_to(ROOT).parts[:-1])]
     return [path for path in found if path.is_file()]
 
 

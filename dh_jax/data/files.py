@@ -50,14 +50,15 @@ Steps = Generator[Step, None, None]
 
 
 class FileRecords:
-    """The records of some files, one file after another; see `RecordStream`."""
+    """The records of some files, one file after another; see `RecordStream`.
 
-    def __init__(self, name: str, spec: FilesSource, order: Callable[[int], Sequence[int]]) -> None:
-        """Args:
+    Args:
         name: of the source, for errors.
         spec: which files, of which format.
         order: from the number of files to the order in which to read them.
-        """
+    """
+
+    def __init__(self, name: str, spec: FilesSource, order: Callable[[int], Sequence[int]]) -> None:
         self._files = find_files(name, spec.paths, spec.include)
         self._order = order(len(self._files))
         self._format = spec.format

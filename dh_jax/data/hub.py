@@ -19,14 +19,14 @@ class HubRecords:
 
     Each file is opened as a data set of its own, which makes resume exact: the shuffle buffer of
     ``datasets`` loses records on resume, and an order of files is all the shuffling needed here.
-    """
 
-    def __init__(self, name: str, spec: HubSource, order: Callable[[int], Sequence[int]]) -> None:
-        """Args:
+    Args:
         name: of the source, for errors.
         spec: which data set.
         order: from the number of data files to the order in which to read them.
-        """
+    """
+
+    def __init__(self, name: str, spec: HubSource, order: Callable[[int], Sequence[int]]) -> None:
         self._name, self._spec = name, spec
         self._dataset, self._files = _open(name, spec)
         self._order = order(self._dataset.num_shards)
@@ -75,7 +75,7 @@ class HubRecords:
         # A data set not yet iterated does not report the state it was given, so that is kept. As
         # text, because the shape of the state changes under way, which Grain advises against.
         fresh = self._rows is None
-        state = "" if fresh else json.dumps(self._file.state_dict())
+        state = self._saved if fresh else json.dumps(self._file.state_dict())
         return {"file": self._place, "row": self._row, "datasets": state}
 
     def seek(self, cursor: Mapping[str, Any]) -> None:

@@ -61,6 +61,20 @@ class DocumentSource(grain.IterDataset[Document]):
     Records are dealt to shards in turn, so shards are disjoint and complete whatever the number
     of files. With ``shuffle`` the order of files depends on seed and epoch; within a file the
     order is the file's (packing windows and mixing shuffle further).
+
+    Args:
+        name: of the source, for errors and saved states.
+        spec: a validated `FilesSource` or `HubSource`.
+        split: ``train``, ``probe`` or ``eval``; None for the documents of all three.
+        splits: fractions held out.
+        seed: of the order of files.
+        epoch: passes made before this one.
+        shard: (index, count).
+        shuffle: whether files are read in another order at every epoch.
+        on_error: ``raise``, or ``skip`` to count bad records by reason in ``skipped``.
+
+    Raises:
+        ConfigError: the source can hold no document of this split.
     """
 
     def __init__(
@@ -76,20 +90,6 @@ class DocumentSource(grain.IterDataset[Document]):
         shuffle: bool = True,
         on_error: str = "raise",
     ) -> None:
-        """Args:
-            name: of the source, for errors and saved states.
-            spec: a validated `FilesSource` or `HubSource`.
-            split: ``train``, ``probe`` or ``eval``; None for the documents of all three.
-            splits: fractions held out.
-            seed: of the order of files.
-            epoch: passes made before this one.
-            shard: (index, count).
-            shuffle: whether files are read in another order at every epoch.
-            on_error: ``raise``, or ``skip`` to count bad records by reason in ``skipped``.
-
-        Raises:
-            ConfigError: the source can hold no document of this split.
-        """
         super().__init__()
         if not 0 <= shard[0] < shard[1]:
             raise ConfigError(f"source {name!r}: shard {shard} is not (index, count) of one")

@@ -95,6 +95,7 @@ PUZZLES = (
     "spiral_matrix", "string_insertion", "string_manipulation", "survo", "syllogism",
     "tower_of_hanoi", "tsumego", "word_sequence_reversal", "word_sorting",
 )  # fmt: skip
+SOLVERS = ("sympy",)  # what generators get some of their answers from
 MOST_PROBLEMS = 8_000  # asked of a generator
 SLOW = {
     "advanced_geometry": 250,
@@ -200,7 +201,7 @@ def build(
         "builder": BUILDER_VERSION,
         "seed": seed,
         "limit": limit,
-        "packages": packages(part.package for part in work),
+        "packages": packages([*(part.package for part in work), *SOLVERS]),
     }
     found = _read_manifest(folder, wanted)
     if found is not None:
@@ -318,6 +319,11 @@ def _harvest(part: Part, seed: int, limit: int | None) -> Harvest:
         documents.append(Document(text, origin))
         if len(documents) == limit:
             break
+    if not documents and not tally:  # another layout of the package, or a Python without sources
+        raise DataError(
+            f"package {part.package!r} gave no text for {part.domain!r}; install the version that "
+            "constraints.txt names"
+        )
     return documents, tally
 
 

@@ -29,7 +29,7 @@ from dh_jax.demo import corpora
 from dh_jax.errors import UserError
 from dh_jax.report import write_report
 
-VOCABULARY = 8192
+VOCABULARY = 4096
 TOKENIZER_BYTES = 8_000_000  # of training text that the tokenizer is trained on
 POLICIES = ("influence", "static", "uniform")
 FOLDER_VARIABLE = "DH_DEMO"  # what configs/data/demo.yaml reads the folder from

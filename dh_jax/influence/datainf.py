@@ -67,8 +67,8 @@ class Rows(NamedTuple):
 class DataInfState(NamedTuple):
     """What `fit` knows of the training gradients.
 
-    Short-lived: ``rows`` refers to the very arrays that were fitted, so use the state before a train
-    step that donates its parameters.
+    Short-lived: ``rows`` refers to the very arrays that were fitted, so use the state before a
+    train step that donates its parameters.
     """
 
     damping: Blocks  # lambda_l, a scalar each; 0 for a block whose gradients all vanish

@@ -195,7 +195,9 @@ def _linear(
 
 
 def _head_width(config: ModelConfig) -> int:
-    return config.head_width or config.width // config.heads
+    if config.head_width is None:
+        return config.width // config.heads
+    return config.head_width
 
 
 # --- building --------------------------------------------------------------------------------
