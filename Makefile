@@ -10,7 +10,8 @@ BIN := $(VENV)/bin
 SUITS := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c '$(SUITS)' >/dev/null 2>&1 && { command -v $$p; break; }; done)
-INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
+# Not compiling what may never be imported halves the processor time of an installation.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt
 DEMO := $(VENV)/.demo-installed
 DEV := $(VENV)/.dev-installed
 

@@ -99,7 +99,9 @@ def _train(options: argparse.Namespace) -> int:
         command = " ".join(["dh train", *options.overrides])
         facts = _module("train").train(run, listeners=(progress,), command=command)
     if facts["status"] != "finished":
-        console.print(f"stopped at step {facts['step']}; go on with the same command and resume=true")
+        console.print(
+            f"stopped at step {facts['step']}; go on with the same command and resume=true"
+        )
         return EXIT_INTERRUPTED
     console.print(f"finished; `dh report {run.out}` shows it")
     return 0
@@ -143,7 +145,9 @@ def _demo(options: argparse.Namespace) -> int:
     if options.seeds < 1:
         raise ConfigError(f"--seeds is {options.seeds}; the least is 1")
     demo = _module("demo.study")
-    report = demo.run_demo(options.folder, steps=options.steps, seeds=options.seeds, console=_console())
+    report = demo.run_demo(
+        options.folder, steps=options.steps, seeds=options.seeds, console=_console()
+    )
     print(report)
     return 0
 

@@ -1,8 +1,9 @@
 """Typed configuration: what every YAML file under ``configs/`` may say, and how it is found.
 
-The schemas are plain dataclasses. Hydra composes them on the command line (`compose`);
-`load_data_config` reads one data config without touching Hydra's global state, so it also
-works inside a running ``@hydra.main`` application. Unknown keys are refused everywhere.
+The schemas are plain dataclasses, kept in `dh_jax.schema` and importable from here. Hydra
+composes them on the command line (`dh_jax.compose`); `load_data_config` reads one data config
+without touching Hydra's global state, so it also works inside a running ``@hydra.main``
+application. Unknown keys are refused everywhere.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,198 +19,54 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dh_jax.errors import ConfigError
+from dh_jax.schema import (
+    SOURCE_KINDS,
+    SPLITS,
+    DataConfig,
+    FilesSource,
+    HubSource,
+    InfluenceConfig,
+    MeshConfig,
+    MixingConfig,
+    ModelConfig,
+    PackingConfig,
+    RunConfig,
+    SourceConfig,
+    SplitConfig,
+    TextConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "SOURCE_KINDS",
+    "SPLITS",
+    "DataConfig",
+    "FilesSource",
+    "HubSource",
+    "InfluenceConfig",
+    "MeshConfig",
+    "MixingConfig",
+    "ModelConfig",
+    "PackingConfig",
+    "RunConfig",
+    "SourceConfig",
+    "SplitConfig",
+    "TextConfig",
+    "TrainingConfig",
+    "config_folder",
+    "explain",
+    "list_configs",
+    "load_data_config",
+    "source_config",
+    "suggest",
+    "typed",
+    "validate_data",
+    "weights_of",
+]
 
 T = TypeVar("T")
 
-SPLITS = ("train", "probe", "eval")
 WEIGHT_SUM_TOLERANCE = 1e-6
-
-
-# --- data ------------------------------------------------------------------------------------
-
-
-@dataclass
-class TextConfig:
-    """How a record becomes text: one column, several joined by a separator, or a template.
-
-    Exactly one of ``column``, ``columns`` and ``template`` is set. ``template`` is a Python
-    format string over the record's columns, for example ``"{sentence} => {label}"``; ``choices``
-    maps an integer column to words first (class labels).
-    """
-
-    column: str | None = None
-    columns: list[str] | None = None
-    separator: str = "\n\n"
-    template: str | None = None
-    choices: dict[str, list[str]] = field(default_factory=dict)
-
-
-@dataclass
-class SourceConfig:
-    """What every kind of source has."""
-
-    kind: str = ""
-    weight: float | None = None  # share of the mixture; equal shares when no source has one
-    split: str = "hash"  # hash: by content into train/probe/eval; or all of it is one of these
-    text: TextConfig = field(default_factory=lambda: TextConfig(column="text"))
-    max_documents: int | None = None
-
-
-@dataclass
-class FilesSource(SourceConfig):
-    """Local files: JSONL (.gz, .zst), Parquet, or a tree of text files (one document each)."""
-
-    kind: str = "files"
-    paths: list[str] = field(default_factory=list)  # files, folders or globs
-    format: str = "auto"  # auto (by file ending), jsonl, parquet, text
-    include: str = "**/*"  # which files of a folder
-
-
-@dataclass
-class HubSource(SourceConfig):
-    """A data set on a Hugging Face hub (HF_ENDPOINT), streamed through ``datasets``."""
-
-    kind: str = "hub"
-    path: str = ""
-    name: str | None = None  # the data set's configuration, e.g. sample-10BT
-    hub_split: str = "train"
-    revision: str | None = None
-    data_files: str | None = None
-
-
-SOURCE_KINDS: dict[str, type[SourceConfig]] = {"files": FilesSource, "hub": HubSource}
-
-
-@dataclass
-class PackingConfig:
-    """How documents become rows of T tokens."""
-
-    strategy: str = "best_fit"  # best_fit, first_fit, concat
-    window: int = 1024  # documents planned together
-    max_segments: int = 64  # a row closes at this many documents
-    long_documents: str = "split"  # split (all pieces are kept) or truncate (counted)
-
-
-@dataclass
-class SplitConfig:
-    """Fractions of documents, by hash of content, that training never sees."""
-
-    probe: float = 0.01
-    eval: float = 0.01
-
-
-@dataclass
-class DataConfig:
-    """A mixture: sources, their weights, the probe sets that judge it, and how rows are cut."""
-
-    name: str = ""
-    tokenizer: str = ""  # a folder, a .gguf file, or a hub name
-    sources: dict[str, Any] = field(default_factory=dict)
-    probes: dict[str, Any] = field(default_factory=dict)  # default: each source's probe split
-    max_length: int = 2048  # T, tokens of a row
-    packing: PackingConfig = field(default_factory=PackingConfig)
-    splits: SplitConfig = field(default_factory=SplitConfig)
-    weight_unit: str = "tokens"  # what a weight is a share of: tokens, rows, trained_tokens
-    add_bos: bool = False
-    add_eos: bool = True
-    on_error: str = "raise"  # raise, or skip (counted in stats)
-    store: str | None = None  # folder of a prepared token store; None streams from the sources
-    seed: int = 0
-    prefetch: int = 2  # batches made ahead by a background thread; 0 = none
-
-
-# --- model, mesh, training -------------------------------------------------------------------
-
-
-@dataclass
-class ModelConfig:
-    """Shape of a Llama-family decoder. Sizes in elements."""
-
-    name: str = ""
-    vocab_size: int | None = None  # None: the tokenizer's
-    width: int = 128
-    layers: int = 4
-    heads: int = 4
-    kv_heads: int = 2
-    head_width: int | None = None  # None: width // heads
-    mlp_width: int = 384
-    rope_theta: float = 10_000.0
-    norm_epsilon: float = 1e-5
-    tied: bool = True
-    init_scale: float = 0.02
-    dtype: str = "float32"  # of activations; parameters stay float32
-
-
-@dataclass
-class MeshConfig:
-    """Named axes of the device mesh and their sizes; one may be -1 (what is left)."""
-
-    name: str = "single"
-    data: int = 1
-    fsdp: int = 1
-
-
-@dataclass
-class MixingConfig:
-    """Which policy moves the weights, how often, and within what bounds."""
-
-    policy: str = "static"  # static (the data config's weights), uniform, influence
-    interval: int = 20  # steps between two moves
-    warmup: int = 0  # steps before the first move
-    learning_rate: float = 0.5  # of the exponentiated-gradient step
-    smoothing: float = 0.0  # share of the old influence estimate kept at a move (EMA)
-    min_weight: float = 0.02
-    max_weight: float = 0.9
-
-
-@dataclass
-class InfluenceConfig:
-    """How influence is measured when the policy asks for it."""
-
-    targets: dict[str, float] = field(default_factory=dict)  # probe -> weight; empty: all equal
-    rows_per_source: int = 8  # training rows sampled from each source at a move
-    probe_rows: int = 16  # rows sampled from each target probe at a move
-    damping: float = 0.1  # lambda of a block = damping * mean squared gradient
-    parameters: str = ".*"  # regular expression over parameter paths
-    row_length: int | None = None  # tokens of a sampled row; None: max_length
-    documents: int = 0  # documents a source to score for the report at the end; 0 = none
-
-
-@dataclass
-class TrainingConfig:
-    """The optimizer, its schedule, and what is written when."""
-
-    steps: int = 200
-    batch_size: int = 16  # rows of the global batch
-    learning_rate: float = 3e-3
-    final_learning_rate: float = 0.1  # as a fraction of the peak, at the end of the cosine
-    warmup: int = 20
-    weight_decay: float = 0.1
-    b1: float = 0.9
-    b2: float = 0.95
-    clip_norm: float = 1.0
-    eval_interval: int = 50
-    eval_rows: int = 64  # rows a domain
-    checkpoint_interval: int = 50
-    keep: int = 2  # checkpoints kept
-    log_interval: int = 1
-    seed: int = 0
-    tensorboard: bool = False
-    wandb: bool = False
-
-
-@dataclass
-class RunConfig:
-    """Everything one training run is made from."""
-
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    mixing: MixingConfig = field(default_factory=MixingConfig)
-    influence: InfluenceConfig = field(default_factory=InfluenceConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    out: str = "runs/default"
-    resume: bool = False
 
 
 # --- finding and reading ---------------------------------------------------------------------
@@ -296,7 +152,9 @@ def explain(error: Exception, cls: type, where: str) -> str:
     text = str(error).splitlines()[0]
     if key:
         holder = getattr(error, "object_type", None) or cls
-        names = [f.name for f in dataclasses.fields(holder)] if dataclasses.is_dataclass(holder) else []
+        names = (
+            [f.name for f in dataclasses.fields(holder)] if dataclasses.is_dataclass(holder) else []
+        )
         last = str(key).split(".")[-1]
         if names and last not in names:
             return f"{where}: unknown key {key!r}{suggest(last, names)}; known: {', '.join(names)}"

@@ -59,7 +59,8 @@ class TrainProgress:
             )
         elif record["kind"] == "eval":
             losses = "  ".join(
-                f"{name} {figures['bits_per_byte']:.3f}" for name, figures in record["domains"].items()
+                f"{name} {figures['bits_per_byte']:.3f}"
+                for name, figures in record["domains"].items()
             )
             self._console.print(f"step {record['step']:>6}  bits/byte  {losses}", highlight=False)
         elif record["kind"] == "reweight":
@@ -118,7 +119,7 @@ def print_store(store: TokenStore, console: Console) -> None:
     table.add_column("left out")
     for name in store.manifest["sources"]:
         counts = [
-            f"{store.count(name, split, what):,}"
+            f"{store.total(name, split, what):,}"
             for split in ("train", "probe", "eval")
             for what in ("documents", "tokens")
         ]

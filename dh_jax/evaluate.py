@@ -85,7 +85,9 @@ def _rows(
         shuffle=True,
         prefetch=0,
     ) as loader:
-        return [batch for _, batch in zip(range(math.ceil(rows / batch_size)), loader, strict=False)]
+        return [
+            batch for _, batch in zip(range(math.ceil(rows / batch_size)), loader, strict=False)
+        ]
 
 
 def _figures(parts: list[_Sums]) -> dict[str, Any]:

@@ -41,7 +41,12 @@ class Preview(NamedTuple):
 
 
 def preview(
-    config: DataConfig, *, split: str = "train", batches: int = 8, batch_size: int = 16, rows: int = 4
+    config: DataConfig,
+    *,
+    split: str = "train",
+    batches: int = 8,
+    batch_size: int = 16,
+    rows: int = 4,
 ) -> Preview:
     """Draw a few batches of a data config and describe them.
 
@@ -67,7 +72,9 @@ def preview(
         skipped = store.manifest["skipped"]
         for name in store.manifest["sources"]:
             documents[name] = {
-                each: {what: store.count(name, each, what) for what in ("documents", "tokens", "bytes")}
+                each: {
+                    what: store.total(name, each, what) for what in ("documents", "tokens", "bytes")
+                }
                 for each in SPLITS
             }
     shown: list[PreviewRow] = []

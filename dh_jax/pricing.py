@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ def price_run(config: RunConfig) -> Price:
         store = open_store(
             data.store, tokenizer=tokenizer.fingerprint, pipeline=pipeline_fingerprint(data)
         )
-        available = {name: store.count(name, "train", "tokens") for name in weights}
+        available = {name: store.total(name, "train", "tokens") for name in weights}
     flops = decoder.flops_per_token(config.model, vocab_size, data.max_length)
     flops_per_step = flops * training.batch_size * data.max_length
     params = decoder.abstract_params(config.model, vocab_size)
@@ -87,7 +87,7 @@ def _step_bytes(config: RunConfig, vocab_size: int, params: Params) -> int:
     batch = Batch(ints, ints, mask, ints, ints, jax.ShapeDtypeStruct(shape[:1], jnp.int32))
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = jax.eval_shape(optimizer.init, params)
-    step = make_step(decoder.loss_fn(graph), optimizer, len(config.data.sources))
+    step: Any = make_step(decoder.loss_fn(graph), optimizer, len(config.data.sources))
     memory = step.lower(params, state, batch, key).compile().memory_analysis()
     return int(
         memory.argument_size_in_bytes

@@ -48,10 +48,10 @@ def rank_documents(
     fitted = calculator.fit(params, rows, key)
     probes = samplers.draw("probe")
     gradients = {n: calculator.probe_gradient(params, b, key) for n, b in probes.items()}
-    v = {
-        path: sum(weight * gradients[name][path] for name, weight in samplers.targets.items())
-        for path in next(iter(gradients.values()))
-    }
+    v = jax.tree.map(
+        lambda *parts: sum(w * g for w, g in zip(samplers.targets.values(), parts, strict=True)),
+        *(gradients[name] for name in samplers.targets),
+    )
     query = calculator.precondition(fitted, v)
     scored: list[dict[str, Any]] = []
     for name in sources:

@@ -90,4 +90,3 @@ class Samplers:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-

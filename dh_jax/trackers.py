@@ -31,7 +31,9 @@ def wandb(folder: Path, config: dict[str, Any]) -> Listener:
     try:
         import wandb as client
     except ImportError as error:
-        raise ConfigError("training.wandb needs wandb; pip install 'data-handler[track]'") from error
+        raise ConfigError(
+            "training.wandb needs wandb; pip install 'data-handler[track]'"
+        ) from error
     run = client.init(project="data-handler", dir=str(folder), config=config)
 
     def listen(record: Record) -> None:

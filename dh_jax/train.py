@@ -8,10 +8,8 @@ continues with the same bits.
 from __future__ import annotations
 
 import dataclasses
-import json
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from omegaconf import OmegaConf
 
 from dh_jax import trackers
 from dh_jax.batch import Batch
@@ -32,7 +29,7 @@ from dh_jax.data.store import write_json
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.distributed.checkpoint import Checkpoints
 from dh_jax.distributed.mesh import make_mesh, param_shardings, replicate, to_device
-from dh_jax.errors import ConfigError, DataError, StateError
+from dh_jax.errors import ConfigError, DataError
 from dh_jax.evaluate import make_evaluation
 from dh_jax.functions import LossFn, Params, masked_mean
 from dh_jax.influence.calculator import DataInfCalculator
@@ -40,13 +37,10 @@ from dh_jax.influence.optimizer import InfluenceAwareOptimizer, InfluenceState, 
 from dh_jax.mixing.registry import make_policy
 from dh_jax.models import decoder
 from dh_jax.ranking import rank_documents
+from dh_jax.runconfig import refuse_other_config, save_config
 from dh_jax.runlog import Listener, RunLog
 from dh_jax.sampling import Samplers
-
-MAY_CHANGE = {  # config keys that may differ between a run and its resumption
-    "out", "resume", "data.prefetch", "training.keep", "training.checkpoint_interval",
-    "training.log_interval", "training.tensorboard", "training.wandb",
-}  # fmt: skip
+from dh_jax.signals import stop_signals
 
 
 class StepMetrics(NamedTuple):
@@ -64,9 +58,7 @@ TrainStep = Callable[
 ]
 
 
-def make_step(
-    loss_fn: LossFn, optimizer: InfluenceAwareOptimizer, source_count: int
-) -> TrainStep:
+def make_step(loss_fn: LossFn, optimizer: InfluenceAwareOptimizer, source_count: int) -> TrainStep:
     """One optimizer step, jitted; parameters and optimizer state are donated."""
 
     def step(
@@ -230,7 +222,7 @@ def train(
         step = None
         if checkpoints.steps():
             run, step = _restore(run, checkpoints)
-        _save_config(folder, config)
+        save_config(folder, config)
         if config.training.tensorboard:
             listeners += (trackers.tensorboard(folder / "tensorboard"),)
         if config.training.wandb:
@@ -274,7 +266,7 @@ def _loop(
     if first == 0:
         judge(0)
     step = first
-    with _stop_signals() as stopped:
+    with stop_signals() as stopped:
         while step < training.steps and not stopped:
             step += 1
             learning_rate = float(schedule(step - 1))
@@ -306,9 +298,12 @@ def _loop(
                     _save(checkpoints, step, run, params, state)
     if step == training.steps and config.influence.documents and samplers:
         with log.timed("ranking", step):
-            write_json(folder / "documents.json", rank_documents(
-                config.influence, samplers, run.calculator, params, run.tokenizer, run.key)
-)
+            write_json(
+                folder / "documents.json",
+                rank_documents(
+                    config.influence, samplers, run.calculator, params, run.tokenizer, run.key
+                ),
+            )
     facts |= {"status": "finished" if step == training.steps else "interrupted", "step": step}
     write_json(folder / "run.json", facts)
     return facts
@@ -374,37 +369,6 @@ def _restore(run: Run, checkpoints: Checkpoints) -> tuple[Run, int]:
     return run._replace(params=arrays["params"], state=arrays["optimizer"], key=key), restored.step
 
 
-def _save_config(folder: Path, config: RunConfig) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / ".config.yaml.partial"
-    partial.write_text(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
-    partial.replace(folder / "config.yaml")
-
-
-def refuse_other_config(folder: Path, config: RunConfig) -> None:
-    """Refuse to resume a run under a config that would make it another run."""
-    saved = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-    now = json.loads(json.dumps(dataclasses.asdict(config)))
-    changed = [
-        f"{key} (was {old!r}, now {new!r})"
-        for key, old, new in _differences("", saved, now)
-        if key not in MAY_CHANGE
-    ]
-    if changed:
-        raise StateError(
-            f"{folder} was started with another config: {'; '.join(changed[:4])}; "
-            "resume with the same values, or choose another out="
-        )
-
-
-def _differences(prefix: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in old | new:
-            yield from _differences(f"{prefix}.{key}".lstrip("."), old.get(key), new.get(key))
-    elif old != new:
-        yield prefix, old, new
-
-
 def describe(run: Run) -> dict[str, Any]:
     """Facts about a run that its report shows."""
     return {
@@ -412,30 +376,7 @@ def describe(run: Run) -> dict[str, Any]:
         "parameters": decoder.count_parameters(run.params),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "sources": list(run.loader.names),
-        "versions": {name: version(name) for name in ("data-handler", "jax", "flax", "optax", "grain")},
+        "versions": {
+            name: version(name) for name in ("data-handler", "jax", "flax", "optax", "grain")
+        },
     }
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collect the first SIGINT or SIGTERM; a second one acts at once, as without us."""
-    received: list[int] = []
-    old: dict[int, Any] = {}
-
-    def receive(number: int, _: Any) -> None:
-        received.append(number)
-        for each, handler in old.items():
-            signal.signal(each, handler)
-
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            old[number] = signal.signal(number, receive)
-    except ValueError:  # not the main thread (a notebook's worker): the caller handles signals
-        with nullcontext():
-            yield received
-        return
-    try:
-        yield received
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -18,9 +18,7 @@ IGNORED = -100  # the label that torch's cross_entropy ignores by default
 TorchBatch = dict[str, torch.Tensor]
 
 
-def get_loader(
-    config: str | Path | DataConfig | Mapping[str, Any], **options: Any
-) -> TorchLoader:
+def get_loader(config: str | Path | DataConfig | Mapping[str, Any], **options: Any) -> TorchLoader:
     """`dh_jax.data.loader.get_loader`, yielding torch tensors on the CPU.
 
     Args:
@@ -107,7 +105,7 @@ class TorchLoader:
         self._loader.close()
 
     def __enter__(self) -> Self:
-        return cast(Self, self)
+        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -24,6 +24,7 @@ FLOORS = {
     "dh_jax.batch": 1,
     "dh_jax.config": 1,
     "dh_jax.errors": 1,
+    "dh_jax.schema": 1,
     "dh_jax.data": 2,
     "dh_jax.functions": 2,
     "dh_jax.distributed": 2,
@@ -38,8 +39,10 @@ FLOORS = {
     "dh_jax.pricing": 4,
     "dh_jax.ranking": 4,
     "dh_jax.report": 4,
+    "dh_jax.runconfig": 4,
     "dh_jax.runlog": 4,
     "dh_jax.sampling": 4,
+    "dh_jax.signals": 4,
     "dh_jax.trackers": 4,
     "dh_jax.train": 4,
     "dh_jax.viz": 4,
@@ -202,14 +205,22 @@ def test_a_module_on_no_floor_is_refused() -> None:
 
 
 def test_dh_jax_imports_no_torch() -> None:
-    torch = [i.where for p in python_files("dh_jax") for i in imports_of(p)
-             if top(i.imported) in ("torch", "dh_torch_bridge")]
+    torch = [
+        i.where
+        for p in python_files("dh_jax")
+        for i in imports_of(p)
+        if top(i.imported) in ("torch", "dh_torch_bridge")
+    ]
     assert torch == []
 
 
 def test_dh_jax_data_imports_no_jax() -> None:
-    jax = [i.where for p in python_files("dh_jax/data") for i in imports_of(p)
-           if top(i.imported) in ("jax", "jaxlib", "flax", "optax", "orbax")]
+    jax = [
+        i.where
+        for p in python_files("dh_jax/data")
+        for i in imports_of(p)
+        if top(i.imported) in ("jax", "jaxlib", "flax", "optax", "orbax")
+    ]
     assert jax == []
 
 
@@ -226,8 +237,20 @@ def test_every_data_module_imports_with_jax_blocked() -> None:
 
 
 def test_import_dh_jax_brings_in_nothing_heavy() -> None:
-    heavy = ("jax", "numpy", "grain", "hydra", "omegaconf", "datasets", "transformers", "torch",
-             "numba", "matplotlib", "rich", "pyarrow")
+    heavy = (
+        "jax",
+        "numpy",
+        "grain",
+        "hydra",
+        "omegaconf",
+        "datasets",
+        "transformers",
+        "torch",
+        "numba",
+        "matplotlib",
+        "rich",
+        "pyarrow",
+    )
     output = run_python(
         f"import sys, dh_jax, dh_torch_bridge; print([m for m in {heavy} if m in sys.modules])"
     )
@@ -275,22 +298,29 @@ def committed_files() -> list[Path]:
     if listed.returncode == 0:
         found = [ROOT / name for name in listed.stdout.decode().split("\0") if name]
     else:
-        found = [p for p in ROOT.rglob("*")
-                 if not any(part.startswith(".") for part in p.relative_to(ROOT).parts[:-1])]
+        found = [
+            p
+            for p in ROOT.rglob("*")
+            if not any(part.startswith(".") for part in p.relative_to(ROOT).parts[:-1])
+        ]
     return [path for path in found if path.is_file()]
 
 
 def test_every_python_file_says_what_it_is_for() -> None:
     files = python_files(*HOUSE, "tests", "benchmarks")
-    silent = [str(p.relative_to(ROOT)) for p in files
-              if not ast.get_docstring(ast.parse(p.read_text(encoding="utf-8")))]
+    silent = [
+        str(p.relative_to(ROOT))
+        for p in files
+        if not ast.get_docstring(ast.parse(p.read_text(encoding="utf-8")))
+    ]
     assert silent == []
 
 
 def test_no_file_is_longer_than_the_house_allows() -> None:
     files = python_files(*HOUSE, "tests", "benchmarks")
-    lengths = {str(p.relative_to(ROOT)): len(p.read_text(encoding="utf-8").splitlines())
-               for p in files}
+    lengths = {
+        str(p.relative_to(ROOT)): len(p.read_text(encoding="utf-8").splitlines()) for p in files
+    }
     assert {name: n for name, n in lengths.items() if n > MAX_LINES} == {}
 
 
@@ -299,6 +329,9 @@ def test_no_committed_text_holds_the_address_of_a_package_index() -> None:
         rb"--(?:extra-)?index-url|--find-links|index-url\s*=|/simple/|registry\s*=\s*\"http"
         rb"|(?:pypi\.org|pythonhosted\.org|download\.pytorch\.org)"
     )
-    holding = [str(p.relative_to(ROOT)) for p in committed_files()
-               if p != Path(__file__) and address.search(p.read_bytes())]
+    holding = [
+        str(p.relative_to(ROOT))
+        for p in committed_files()
+        if p != Path(__file__) and address.search(p.read_bytes())
+    ]
     assert holding == []

@@ -89,8 +89,22 @@ def environment(folder: Path) -> None:
 def install(folder: Path, *what: str | Path) -> None:
     """Install into a fresh environment; pip ignores the data-handler that is lent metadata only."""
     environment(folder)
-    run([sys.executable, "-m", "pip", "--python", folder / "bin" / "python", "install", "--quiet",
-         "--no-deps", "--no-build-isolation", "--ignore-installed", *what], cwd=folder)
+    run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            folder / "bin" / "python",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "--ignore-installed",
+            *what,
+        ],
+        cwd=folder,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -140,15 +154,17 @@ def test_hydra_finds_the_search_path_plugin(installed: Environment, tmp_path: Pa
         "    print(*compose(overrides=['+data=mixed_pretrain']).data.sources)\n"
         "print('jax' in sys.modules)"
     )
-    sources, jax_imported = run([installed.bin / "python", "-c", program],
-                                cwd=tmp_path).splitlines()
+    sources, jax_imported = run(
+        [installed.bin / "python", "-c", program], cwd=tmp_path
+    ).splitlines()
     assert sources.split() == list(MIXED_PRETRAIN)
     assert jax_imported == "False"
 
 
 def test_the_version_is_that_of_the_project(installed: Environment, tmp_path: Path) -> None:
-    found = run([installed.bin / "python", "-c", "import dh_jax; print(dh_jax.__version__)"],
-                cwd=tmp_path)
+    found = run(
+        [installed.bin / "python", "-c", "import dh_jax; print(dh_jax.__version__)"], cwd=tmp_path
+    )
     assert found.strip() == project()["version"]
 
 
@@ -156,8 +172,15 @@ def test_the_sdist_holds_what_a_checkout_needs(distributions: Path, tmp_path: Pa
     (archive,) = distributions.glob("*.tar.gz")
     shutil.unpack_archive(archive, tmp_path, filter="data")
     (unpacked,) = tmp_path.iterdir()
-    for name in ("Makefile", "constraints.txt", "README.md", "LICENSE", "tests/test_packaging.py",
-                 "hydra_plugins/data_handler_search_path.py", ".ci/run"):
+    for name in (
+        "Makefile",
+        "constraints.txt",
+        "README.md",
+        "LICENSE",
+        "tests/test_packaging.py",
+        "hydra_plugins/data_handler_search_path.py",
+        ".ci/run",
+    ):
         assert (unpacked / name).is_file(), name
 
 
@@ -196,7 +219,8 @@ def test_a_workspace_member_composes_our_data_and_imports_from_both_packages(
 
     application = workspace / ".venv" / "bin" / "consumer"
     output = run(
-        [application, "data=mixed_pretrain", "data.max_length=512"], cwd=tmp_path,
+        [application, "data=mixed_pretrain", "data.max_length=512"],
+        cwd=tmp_path,
         JAX_PLATFORMS="cpu",
     )
     seen = json.loads(output.splitlines()[-1])

@@ -1,0 +1,1 @@
+"""Sources, tokens, stores, packing, mixing and loaders: NumPy alone, no JAX."""

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, NamedTuple, Self
 
 from dh_jax.batch import Batch, Origins
 from dh_jax.config import SPLITS, DataConfig, SourceConfig, load_data_config, weights_of
-from dh_jax.data.batching import assemble
+from dh_jax.data.batching import MixedRow, assemble
 from dh_jax.data.datasets.pretrain import PretrainDataset
 from dh_jax.data.mixing import MixedDataset, MixedIterator
 from dh_jax.data.prepare import pipeline_fingerprint, text_sources
@@ -110,7 +110,7 @@ def get_loader(
         unit=config.weight_unit,
     )
     return Loader(
-        cast(MixedIterator, iter(mixture)),
+        iter(mixture),
         config,
         wrapper,
         batch_size=batch_size,
@@ -157,15 +157,19 @@ def _weights(
 
 def _held_out(config: DataConfig) -> frozenset[int]:
     """Ids of documents in sets that are held out whole (read once, at the start)."""
-    return frozenset(
-        document.id
-        for name, spec in text_sources(config).items()
-        if spec.split in ("probe", "eval")
-        for document in DocumentSource(
-            name, spec, split=spec.split, splits=config.splits, shuffle=False,
-            on_error=config.on_error,
-        )  # fmt: skip
-    )
+    ids: set[int] = set()
+    for name, spec in text_sources(config).items():
+        if spec.split in ("probe", "eval"):
+            documents = DocumentSource(
+                name,
+                spec,
+                split=spec.split,
+                splits=config.splits,
+                shuffle=False,
+                on_error=config.on_error,
+            )
+            ids.update(document.id for document in documents)
+    return frozenset(ids)
 
 
 class _Made(NamedTuple):
@@ -230,7 +234,7 @@ class Loader:
 
     def _make(self) -> _Made | None:
         """Draw and materialise the next batch; None at the end of the data."""
-        rows = []
+        rows: list[MixedRow] = []
         while len(rows) < self._drawn:
             row = next(self._mixture, None)
             if row is None:

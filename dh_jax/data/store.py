@@ -157,7 +157,7 @@ class TokenStore(NamedTuple):
             np.concatenate([a["ids"] for a in mapped]),
         )
 
-    def count(self, source: str, split: str, what: str) -> int:
+    def total(self, source: str, split: str, what: str) -> int:
         """Total ``documents``, ``tokens`` or ``bytes`` of one source and split."""
         shards = self.manifest["sources"].get(source, {}).get(split, [])
         return sum(shard[what] for shard in shards)

@@ -36,7 +36,7 @@ from typing import Any, NamedTuple, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from dh_jax.demo import (
+from dh_jax.demo.readers import (
     PYTHON,
     Document,
     bible_chapters,

@@ -1,0 +1,1 @@
+"""Which documents helped or harmed: gradients, DataInf, and the optimizer that acts on it."""

@@ -61,6 +61,7 @@ class DataInfCalculator:
         self._fit = jax.jit(partial(datainf.fit, *both))
         self._precondition = jax.jit(partial(datainf.precondition, *both))
         self._probe_gradient = jax.jit(partial(datainf.probe_gradient, *both))
+        self._score_fitted = jax.jit(partial(datainf.score_fitted, *both))
         self._score_rows = jax.jit(partial(datainf.score_rows, *both))
         self._score_documents = jax.jit(
             partial(datainf.score_documents, *both), static_argnames="max_segments"
@@ -84,6 +85,10 @@ class DataInfCalculator:
     def probe_gradient(self, params: Params, batch: Batch, key: jax.Array) -> Blocks:
         """``v``, by path: gradient of the mean over probe rows of each row's mean loss."""
         return self._probe_gradient(params, batch, key)
+
+    def score_fitted(self, state: DataInfState, q: Blocks) -> jax.Array:
+        """(B,) what `score_rows` gives for the fitted rows, for less where gradients are kept."""
+        return self._score_fitted(state, q)
 
     def score_rows(self, params: Params, q: Blocks, batch: Batch, key: jax.Array) -> jax.Array:
         """(B,) influence of each row's mean loss; 0 for a row without a valid target."""

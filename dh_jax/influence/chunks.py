@@ -15,6 +15,11 @@ from dh_jax.batch import Batch
 Tree = TypeVar("Tree")
 
 
+def steps_of(rows: int, most: int) -> int:
+    """N, the fewest chunks of at most ``most`` rows."""
+    return -(-rows // most)
+
+
 def to_chunks(batch: Batch, most: int) -> Batch:
     """Every (B, ...) array as (N, C, ...), C at most ``most``, for `jax.lax.scan`.
 
@@ -23,7 +28,7 @@ def to_chunks(batch: Batch, most: int) -> Batch:
     row is repeated with nothing to learn.
     """
     rows = batch.tokens_BT.shape[0]
-    steps = -(-rows // most)
+    steps = steps_of(rows, most)
     size = -(-rows // steps)
     extra = steps * size - rows
 

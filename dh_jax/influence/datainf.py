@@ -33,7 +33,7 @@ import jax.numpy as jnp
 
 from dh_jax.batch import Batch
 from dh_jax.functions import LossFn, Params
-from dh_jax.influence.chunks import chunks_and_keys, from_chunks
+from dh_jax.influence.chunks import chunks_and_keys, from_chunks, steps_of
 from dh_jax.influence.gradients import (
     Blocks,
     along,
@@ -140,6 +140,20 @@ def probe_gradient(
     return mean_gradient(loss_fn, selection, batch, key, settings.chunk)
 
 
+def score_fitted(loss_fn: LossFn, settings: Settings, state: DataInfState, q: Blocks) -> jax.Array:
+    """(B,) influence of the very rows that were fitted: by their kept gradients, if there are."""
+    if state.gradients is None:
+        assert state.rows is not None, "DataInfCalculator.fit adds the rows"
+        params, batch, key = state.rows
+        return score_rows(loss_fn, settings, params, q, batch, key)
+    products = sum(
+        jnp.tensordot(_wide(g), q[name], axes=q[name].ndim, precision="highest")
+        for name, g in state.gradients.items()
+    )
+    rows = next(iter(state.squares_B.values())).size
+    return from_chunks(-jnp.reshape(products, (steps_of(rows, settings.chunk), -1)), rows)
+
+
 def score_rows(
     loss_fn: LossFn,
     settings: Settings,
@@ -191,15 +205,18 @@ def _score(
 # --- one block: gradients are (C, *shape), a row each ---
 
 
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def _squares(gradients: jax.Array) -> jax.Array:
     """(C,) squared norms, at least in float32."""
-    wide = gradients.astype(jnp.promote_types(gradients.dtype, jnp.float32))
-    return jnp.square(wide).sum(axis=tuple(range(1, wide.ndim)))
+    return jnp.square(_wide(gradients)).sum(axis=tuple(range(1, gradients.ndim)))
 
 
 def _shrink(v: jax.Array, gradients: jax.Array, damping: jax.Array) -> jax.Array:
     """``sum_i g_i (v.g_i) / (lambda + |g_i|^2)``; products in full precision on every device."""
-    wide = gradients.astype(jnp.promote_types(gradients.dtype, jnp.float32))
+    wide = _wide(gradients)
     products = jnp.tensordot(wide, v, axes=v.ndim, precision="highest")
     divisor = damping + _squares(gradients)
     weights = jnp.where(divisor > 0, products / jnp.where(divisor > 0, divisor, 1), 0)

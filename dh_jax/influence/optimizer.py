@@ -222,7 +222,7 @@ def source_influence(
     for name in targets:
         _valid(f"probe {name!r}", probes[name])
 
-    fit_key, probe_key, score_key = jax.random.split(key, 3)
+    fit_key, probe_key = jax.random.split(key)
     rows: Batch = jax.tree.map(lambda *x: jnp.concatenate(x), *sources.values())
     cuts = np.cumsum([len(v) for v in valid.values()])[:-1]
 
@@ -238,7 +238,7 @@ def source_influence(
         v = {path: weight * g + v.get(path, 0.0) for path, g in gradient.items()}
 
     q = calculator.precondition(fitted, v)
-    scores_B = np.asarray(calculator.score_rows(params, q, rows, score_key))
+    scores_B = np.asarray(calculator.score_fitted(fitted, q))
     scores = dict(zip(valid, np.split(scores_B, cuts), strict=True))
     _refuse_non_finite("influence", scores)
     means = [scores[name][valid[name]].mean() for name in valid]

@@ -1,0 +1,1 @@
+"""Policies that move the weights of a mixture."""

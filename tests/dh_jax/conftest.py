@@ -15,7 +15,16 @@ from dh_jax.data.prepare import prepare
 from dh_jax.data.tokenization import TokenizerWrapper, train_bpe
 
 MODULES = {
-    "code": ("argparse", "ast", "dataclasses", "heapq", "json.decoder", "queue", "textwrap", "typing"),
+    "code": (
+        "argparse",
+        "ast",
+        "dataclasses",
+        "heapq",
+        "json.decoder",
+        "queue",
+        "textwrap",
+        "typing",
+    ),
     "mail": ("email.message", "email.policy", "email.utils", "imaplib", "mailbox", "smtplib"),
     "sums": ("decimal", "fractions", "random", "statistics", "numbers", "colorsys"),
 }
@@ -44,15 +53,15 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(corpora: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> TokenizerWrapper:
+def tokenizer(
+    corpora: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> TokenizerWrapper:
     texts = [json.loads(x)["text"] for p in corpora.values() for x in p.read_text().splitlines()]
     return train_bpe(texts, 512, tmp_path_factory.mktemp("tokenizer") / "bpe")
 
 
 @pytest.fixture(scope="session")
-def tokenizer_folder(
-    tokenizer: TokenizerWrapper, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def tokenizer_folder(tokenizer: TokenizerWrapper, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "tokenizer"
     tokenizer.save(folder)
     return folder

@@ -131,7 +131,7 @@ def test_the_log_shows_training_judging_and_moving_weights(reference: Path) -> N
     assert kinds.count("train") == STEPS and kinds.count("eval") == 5
     moves = [record for record in records if record["kind"] == "reweight"]
     assert [move["step"] for move in moves] == [6, 12, 18]
-    after = [r for r in records if r["kind"] == "train" and r["step"] == 7][0]
+    after = next(r for r in records if r["kind"] == "train" and r["step"] == 7)
     assert after["weights"] == moves[0]["weights"] != records[1]["weights"]
     losses = [r["loss"] for r in records if r["kind"] == "train"]
     assert losses[-1] < losses[0] - 0.3
@@ -184,6 +184,6 @@ def test_resuming_with_other_values_that_matter_is_refused(
     train(config())
     with pytest.raises(ConfigError, match="already holds a run"):
         train(config())
-    with pytest.raises(StateError, match="mixing.policy"):
+    with pytest.raises(StateError, match=r"mixing\.policy"):
         train(config(mixing=MixingConfig(policy="uniform"), resume=True))
     assert train(config(resume=True))["status"] == "finished"

@@ -20,7 +20,10 @@ from dh_torch_bridge.data import get_loader as get_torch_loader  # noqa: E402
 
 def test_rows_are_those_of_the_jax_loader(make_config: Any, store: Path) -> None:
     config = make_config(store=str(store), packing={"strategy": "concat", "window": 32})
-    with get_loader(config, batch_size=4) as ours, get_torch_loader(config, batch_size=4) as torch_s:
+    with (
+        get_loader(config, batch_size=4) as ours,
+        get_torch_loader(config, batch_size=4) as torch_s,
+    ):
         for step in range(12):
             if step == 6:
                 ours.set_weights({"code": 0, "mail": 1, "sums": 1})
@@ -66,7 +69,10 @@ def test_all_but_labels_share_memory_with_the_batch() -> None:
 
 def test_state_moves_between_the_two_loaders(make_config: Any, store: Path) -> None:
     config = make_config(store=str(store))
-    with get_loader(config, batch_size=4) as ours, get_torch_loader(config, batch_size=4) as torch_s:
+    with (
+        get_loader(config, batch_size=4) as ours,
+        get_torch_loader(config, batch_size=4) as torch_s,
+    ):
         for _ in range(7):
             next(ours)
         torch_s.load_state_dict(ours.get_state())

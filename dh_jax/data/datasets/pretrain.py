@@ -59,9 +59,7 @@ class PretrainDataset(PackedDataset):
                 repeat=repeat,
             )
         else:
-            open_epoch = partial(
-                _open_epoch, name, spec, split, config, own_seed, shard, shuffle
-            )
+            open_epoch = partial(_open_epoch, name, spec, split, config, own_seed, shard, shuffle)
             windows = StreamWindows(
                 name,
                 open_epoch,

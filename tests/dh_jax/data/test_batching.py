@@ -91,7 +91,9 @@ def test_a_batch_says_of_every_token_what_its_document_says(
 
 
 def test_types_and_shapes_are_those_of_the_legend() -> None:
-    batch, origins = assemble([MixedRow(0, rows_of(window_of([5], 1, False), "concat")[0])], 2, ROW, 4)
+    batch, origins = assemble(
+        [MixedRow(0, rows_of(window_of([5], 1, False), "concat")[0])], 2, ROW, 4
+    )
     for array in (batch.tokens_BT, batch.targets_BT, batch.segment_ids_BT, batch.positions_BT):
         assert array.dtype == np.int32 and array.shape == (2, ROW)
     assert batch.loss_mask_BT.dtype == np.bool_ and batch.source_ids_B.dtype == np.int32

@@ -33,7 +33,11 @@ def pieces(loader: Loader) -> list[tuple[int, int, int]]:
     """(document, offset, length) of every segment of the last batch."""
     origins = loader.origins
     return [
-        (int(origins.document_ids_BS[b, s]), int(origins.offsets_BS[b, s]), int(origins.lengths_BS[b, s]))
+        (
+            int(origins.document_ids_BS[b, s]),
+            int(origins.offsets_BS[b, s]),
+            int(origins.lengths_BS[b, s]),
+        )
         for b, s in zip(*np.nonzero(origins.lengths_BS), strict=True)
     ]
 
@@ -188,7 +192,10 @@ def test_a_failed_batch_is_not_lost(make_config: Any, tmp_path: Path) -> None:
 def test_a_state_of_another_row_length_or_tokenizer_is_refused(open_loader: Any) -> None:
     with open_loader(True) as loader:
         state = loader.get_state()
-    with open_loader(True, max_length=32) as other, pytest.raises(StateError, match="row_length 64"):
+    with (
+        open_loader(True, max_length=32) as other,
+        pytest.raises(StateError, match="row_length 64"),
+    ):
         other.set_state(state)
     state["identity"]["tokenizer"] = "0" * 16
     with open_loader(True) as other, pytest.raises(StateError, match="tokenizer 0000"):
@@ -223,10 +230,10 @@ def test_an_overlapping_probe_is_refused_or_dropped_from_training(
     lines = corpora["sums"].read_text().splitlines(keepends=True)
     probe.write_text("".join(lines[:30]))
     probes = {"mine": {"kind": "files", "paths": [str(probe)], "split": "probe"}}
-    with get_loader(make_config(probes=probes), batch_size=2) as loader:
-        with pytest.raises(DataError, match="also in a probe"):
-            for _ in range(60):
-                next(loader)
+    loader = get_loader(make_config(probes=probes), batch_size=2)
+    with loader, pytest.raises(DataError, match="also in a probe"):
+        for _ in range(60):
+            next(loader)
     skipping = make_config(probes=probes, on_error="skip")
     held_out = {document_id(json.loads(line)["text"]) for line in lines[:30]}
     with get_loader(skipping, batch_size=2, repeat=False) as loader:

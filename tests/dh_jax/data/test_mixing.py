@@ -39,7 +39,9 @@ def test_counts_stay_within_one_row_of_the_weights_at_every_prefix(weights: list
 
 @settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 10**6)), min_size=2, max_size=12))
-def test_under_changing_weights_no_source_drifts_two_rows_away(changes: list[tuple[int, int]]) -> None:
+def test_under_changing_weights_no_source_drifts_two_rows_away(
+    changes: list[tuple[int, int]],
+) -> None:
     """Deficits carry over a change, so what was earned before it is still given."""
     deficits = np.zeros(6)
     for steps, seed in changes:
@@ -75,9 +77,7 @@ def mixture(unit: str = "tokens", *, repeat: bool = True) -> MixedDataset:
 
 
 def described(rows: Any) -> list[tuple[Any, ...]]:
-    return [
-        (m, r.window.ids_D[r.documents_P].tolist(), r.offsets_P.tolist()) for m, r in rows
-    ]
+    return [(m, r.window.ids_D[r.documents_P].tolist(), r.offsets_P.tolist()) for m, r in rows]
 
 
 @pytest.mark.parametrize("unit", ["tokens", "rows", "trained_tokens"])
@@ -112,9 +112,7 @@ def test_resume_at_any_row_equals_no_resume(taken: int, unit: str) -> None:
     other = iter(mixture(unit))
     other.set_state(state)
     assert other.weights == iterator.weights
-    assert described(next(iterator) for _ in range(40)) == described(
-        next(other) for _ in range(40)
-    )
+    assert described(next(iterator) for _ in range(40)) == described(next(other) for _ in range(40))
 
 
 def test_grain_checkpoint_contract_holds() -> None:
@@ -125,7 +123,9 @@ def test_a_mixture_without_repeats_gives_every_row_of_every_source_once() -> Non
     rows = described(mixture(repeat=False))
     alone = [
         (m, *rest)
-        for m, lengths in enumerate(([100, 64, 31, 90, 12], [3, 9, 4, 5, 6, 7, 30, 2, 11], [32] * 7))
+        for m, lengths in enumerate(
+            ([100, 64, 31, 90, 12], [3, 9, 4, 5, 6, 7, 30, 2, 11], [32] * 7)
+        )
         for _, *rest in described((0, r) for r in source(m + 1, lengths, repeat=False))
     ]
     assert sorted(rows) == sorted(alone)

@@ -19,7 +19,7 @@ import optax
 import pytest
 
 from dh_jax.config import load_data_config
-from dh_jax.demo import (
+from dh_jax.demo.readers import (
     Document,
     bible_chapters,
     champ_problems,

@@ -190,6 +190,11 @@ def test_chunks_and_ways_of_fitting_agree(chunk, max_bytes):
     assert (state.gradients is None) == (max_bytes == 0) != (state.rows is None)
     got, *_ = run(calculator, params, train, probe, rows)
     np.testing.assert_allclose(got, whole, rtol=1e-9)
+    q = calculator.precondition(state, calculator.probe_gradient(params, probe, KEY))
+    fitted = calculator.score_fitted(state, q)
+    again = calculator.score_rows(params, q, train, KEY)
+    np.testing.assert_allclose(fitted, again, rtol=1e-9)
+    assert len(set(np.round(fitted, 12))) == len(train.tokens_BT)  # so that order shows
 
 
 def test_rows_without_a_target_count_nowhere():

@@ -1,0 +1,51 @@
+"""A run's saved config: written once, and held against the config of a resumption."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from dh_jax.config import RunConfig
+from dh_jax.errors import StateError
+
+MAY_CHANGE = {  # config keys that may differ between a run and its resumption
+    "out", "resume", "data.prefetch", "training.keep", "training.checkpoint_interval",
+    "training.log_interval", "training.tensorboard", "training.wandb",
+}  # fmt: skip
+
+
+def save_config(folder: Path, config: RunConfig) -> None:
+    """Write ``config.yaml`` into a run's folder, atomically."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / ".config.yaml.partial"
+    partial.write_text(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
+    partial.replace(folder / "config.yaml")
+
+
+def refuse_other_config(folder: Path, config: RunConfig) -> None:
+    """Refuse to resume a run under a config that would make it another run."""
+    saved = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    changed = [
+        f"{key} (was {old!r}, now {new!r})"
+        for key, old, new in _differences("", saved, now)
+        if key not in MAY_CHANGE
+    ]
+    if changed:
+        raise StateError(
+            f"{folder} was started with another config: {'; '.join(changed[:4])}; "
+            "resume with the same values, or choose another out="
+        )
+
+
+def _differences(prefix: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in old | new:
+            yield from _differences(f"{prefix}.{key}".lstrip("."), old.get(key), new.get(key))
+    elif old != new:
+        yield prefix, old, new
