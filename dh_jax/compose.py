@@ -8,6 +8,7 @@ from pathlib import Path
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -34,15 +35,30 @@ def compose_run(overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: a group, key or value is wrong; one line with the nearest known name.
     """
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
+    whole = [x for x in overrides if x.partition("=")[0] in OPEN]
+    others = [_opened(_own_file(x)) for x in overrides if x not in whole]
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
-            composed = hydra_compose("train", overrides=[_own_file(x) for x in overrides])
+            composed = hydra_compose("train", overrides=others)
+        for override in OverridesParser.create().parse_overrides(whole):
+            OmegaConf.update(composed, override.key_or_group, override.value(), merge=False)
         run = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_one_line(error)) from error
     assert isinstance(run, RunConfig)
     run.data = validate_data(run.data)
     return run
+
+
+# Mappings whose keys are the user's own names. Hydra would refuse a new name as a misspelling,
+# and would merge `influence.targets={a: 1}` into the targets of a YAML file; here it replaces them.
+OPEN = ("data.sources", "data.probes", "influence.targets")
+
+
+def _opened(override: str) -> str:
+    """``++``, which adds or changes, for a key inside an open mapping."""
+    inside = any(override.startswith(f"{mapping}.") for mapping in OPEN)
+    return f"++{override}" if inside else override
 
 
 def _own_file(override: str) -> str:

@@ -73,7 +73,7 @@ def make_step(loss_fn: LossFn, optimizer: InfluenceAwareOptimizer, source_count:
         of_source_MB = jax.nn.one_hot(batch.source_ids_B, source_count, axis=0)
         targets_M = of_source_MB @ batch.loss_mask_BT.sum(1).astype(jnp.float32)
         loss_M = of_source_MB @ loss_BT.sum(1) / targets_M.clip(min=1)
-        metrics = StepMetrics(loss, optax.global_norm(grads), loss_M, targets_M)
+        metrics = StepMetrics(loss, optax.tree.norm(grads), loss_M, targets_M)
         return optax.apply_updates(params, updates), state, metrics
 
     return jax.jit(step, donate_argnums=(0, 1))
@@ -182,6 +182,8 @@ def open_run(config: RunConfig, closing: ExitStack) -> Run:
         targets=config.influence.targets,
     )
     state = jax.jit(optimizer.init)(params)
+    # Placed as the step returns it, so that the second step finds the first one's executable.
+    state = jax.device_put(state, param_shardings(state, mesh))
     loader.set_weights(by_source(loader, state.weights_M))
     return Run(
         config, mesh, tokenizer, loader, samplers, loss_fn, calculator, optimizer, params, state,

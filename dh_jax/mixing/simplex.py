@@ -47,6 +47,7 @@ def check_bounds(n: int, low: ArrayLike, high: ArrayLike) -> None:
         )
 
 
+@jax.jit
 def project(weights_M: jax.Array, low: ArrayLike, high: ArrayLike) -> jax.Array:
     """The nearest point (Euclidean) of ``{w : sum(w) = 1, low <= w <= high}``; jit-able.
 

@@ -120,7 +120,7 @@ def damped(g, path, damping):
 
 
 def test_one_example_gives_the_dense_damped_fisher_inverse():
-    loss_fn, params, train, probe, rows = problem(train=1)
+    loss_fn, params, train, probe, rows = problem("mlp", train=1)
     got, v, _ = run(shared(loss_fn), params, train, probe, rows)
     g = gradients(loss_fn, params, train)
     fishers = {path: damped(g, path, 0.1)[0] for path in v}
@@ -140,7 +140,7 @@ def test_one_example_repeated_gives_the_dense_damped_fisher_inverse():
 
 
 def test_many_examples_give_the_mean_of_their_dense_inverses():
-    loss_fn, params, train, probe, rows = problem(train=5)
+    loss_fn, params, train, probe, rows = problem("mlp", train=5)
     got, v, _ = run(shared(loss_fn), params, train, probe, rows)
     g = gradients(loss_fn, params, train)
     swapped = {
@@ -194,7 +194,7 @@ def test_chunks_and_ways_of_fitting_agree(chunk, max_bytes):
     fitted = calculator.score_fitted(state, q)
     again = calculator.score_rows(params, q, train, KEY)
     np.testing.assert_allclose(fitted, again, rtol=1e-9)
-    assert len(set(np.round(fitted, 12))) == len(train.tokens_BT)  # so that order shows
+    assert len(np.unique(np.round(fitted, 12))) == len(train.tokens_BT)  # so that order shows
 
 
 def test_rows_without_a_target_count_nowhere():
