@@ -41,7 +41,7 @@ class Job(NamedTuple):
     policy: str
     seed: int
     out: Path
-    command: list[str]
+    command: tuple[str, ...]
 
 
 def run_demo(
@@ -117,10 +117,13 @@ def study_jobs(folder: Path, *, steps: int | None, seeds: int) -> Iterator[Job]:
                 f"training.seed={seed}", f"out={out}", "resume=true",
             ]  # fmt: skip
             if policy == "influence":
-                overrides.append("influence.documents=40")
+                overrides.append("mixing.interval=12")
+                if seed == 0:  # one run ranks documents for the report
+                    overrides.append("influence.documents=30")
             if steps is not None:
                 overrides.append(f"training.steps={steps}")
-            yield Job(policy, seed, out, [sys.executable, "-m", "dh_jax.cli", "train", *overrides])
+            command = (sys.executable, "-m", "dh_jax.cli", "train", *overrides)
+            yield Job(policy, seed, out, command)
 
 
 def run_jobs(jobs: list[Job], console: Console) -> None:
@@ -132,8 +135,14 @@ def run_jobs(jobs: list[Job], console: Console) -> None:
     Raises:
         UserError: a run failed; the others are stopped, and its last lines are shown.
     """
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None]
-    free, waiting = list(cores), [job for job in jobs if not _finished(job)]
+    free: list[int | None] = [None]
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        free = list(sorted(os.sched_getaffinity(0)))
+    waiting = [job for job in jobs if not _finished(job)]
+    environment = os.environ | {  # the runs compile the same code: once is enough
+        "JAX_COMPILATION_CACHE_DIR": str(jobs[0].out.parent.absolute() / "compiled"),
+        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     running: dict[Job, tuple[subprocess.Popen[bytes], int | None]] = {}
     bar = Progress(
         TextColumn("{task.description:<14}"),
@@ -148,7 +157,7 @@ def run_jobs(jobs: list[Job], console: Console) -> None:
             while waiting or running:
                 while free and waiting:
                     job, core = waiting.pop(0), free.pop(0)
-                    running[job] = _start(job, core), core
+                    running[job] = _start(job, core, environment), core
                     tasks[job] = bar.add_task(f"{job.policy} {job.seed}", total=None)
                 time.sleep(0.5)
                 for job, (process, core) in list(running.items()):
@@ -167,12 +176,17 @@ def run_jobs(jobs: list[Job], console: Console) -> None:
             process.wait()
 
 
-def _start(job: Job, core: int | None) -> subprocess.Popen[bytes]:
+def _start(job: Job, core: int | None, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     _log(job).parent.mkdir(parents=True, exist_ok=True)
     pin = None if core is None else partial(os.sched_setaffinity, 0, {core})
     with _log(job).open("ab") as log:
         return subprocess.Popen(
-            job.command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, preexec_fn=pin
+            job.command,
+            env=environment,
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            preexec_fn=pin,
         )
 
 

@@ -57,10 +57,11 @@ def param_shardings(params: Params, mesh: Mesh) -> Params:
     ways = mesh.shape["fsdp"]
 
     def place(array: Any) -> NamedSharding:
-        spec: list[str | None] = [None] * array.ndim
+        spec: list[str | None] = []  # in jit's own spelling: no trailing None
         fitting = [axis for axis in range(array.ndim) if array.shape[axis] % ways == 0]
         if ways > 1 and fitting and array.size >= SHARDED_FROM:
-            spec[max(fitting, key=lambda axis: array.shape[axis])] = "fsdp"
+            longest = max(fitting, key=lambda axis: array.shape[axis])
+            spec = [None] * longest + ["fsdp"]
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree.map(place, params)
