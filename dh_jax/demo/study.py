@@ -117,7 +117,7 @@ def study_jobs(folder: Path, *, steps: int | None, seeds: int) -> Iterator[Job]:
                 f"training.seed={seed}", f"out={out}", "resume=true",
             ]  # fmt: skip
             if policy == "influence":
-                overrides.append("mixing.interval=12")
+                overrides += ["mixing.interval=10", "mixing.learning_rate=0.8"]
                 if seed == 0:  # one run ranks documents for the report
                     overrides.append("influence.documents=30")
             if steps is not None:

@@ -53,7 +53,6 @@ class ReweightPoint(NamedTuple):
     step: int
     influence: dict[str, float]
     weights: dict[str, float]
-    probe_loss: dict[str, float]
     coverage: float
 
 
@@ -77,7 +76,7 @@ class ScoredDocument(NamedTuple):
 class Documents(NamedTuple):
     """The scored documents of a run and the target they were scored against."""
 
-    target: str
+    target: str  # names of the target probes
     documents: tuple[ScoredDocument, ...]
 
 
@@ -260,7 +259,6 @@ def _reweight(f: _Fields) -> ReweightPoint:
         step=f.integer("step"),
         influence=f.numbers("influence"),
         weights=f.numbers("weights"),
-        probe_loss=f.numbers("probe_loss"),
         coverage=f.number("coverage"),
     )
 
@@ -285,7 +283,7 @@ def _documents(path: Path) -> Documents | None:
         documents.append(
             ScoredDocument(d.text("source"), d.text("id"), d.number("score"), d.text("text"))
         )
-    return Documents(f.text("target"), tuple(documents))
+    return Documents(" and ".join(f.numbers("targets")), tuple(documents))
 
 
 def _sources(about: _Fields, train: tuple[TrainPoint, ...]) -> tuple[str, ...]:

@@ -70,7 +70,7 @@ def simulate(
             weights /= weights.sum()
             metrics.append({
                 "kind": "reweight", "step": step, "influence": named(-helpful),
-                "weights": named(weights), "probe_loss": {"maths": float(now[3])}, "coverage": 1.0,
+                "weights": named(weights), "coverage": 1.0,
             })  # fmt: skip
             timing.append({"step": step, "seconds": 0.6 + 0.05 * rng.random(), "phase": "reweight"})
         if step % 50 == 0:
@@ -101,7 +101,7 @@ def simulate(
              "score": float(rng.normal(-HELP[i % count], 0.4)), "text": _text(i)}
             for i in range(60)
         ]  # fmt: skip
-        (folder / "documents.json").write_text(json.dumps({"target": "maths", "documents": scored}))
+        (folder / "documents.json").write_text(json.dumps({"targets": {"maths": 1.0}, "documents": scored}))
     return folder
 
 

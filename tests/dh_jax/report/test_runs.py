@@ -36,8 +36,8 @@ def test_a_missing_file_is_named(run_folder: Path, name: str) -> None:
             "line 1: 'seconds' is 'x'",
         ),
         ("timing.jsonl", '{"step": true, "seconds": 1, "phase": "a"}', "line 1: 'step' is True"),
-        ("documents.json", '{"target": "maths"}', "documents.json: no 'documents'"),
-        ("documents.json", '{"target": "m", "documents": [{}]}', "document 0: no 'source'"),
+        ("documents.json", '{"targets": {"maths": 1}}', "documents.json: no 'documents'"),
+        ("documents.json", '{"targets": {"m": 1}, "documents": [{}]}', "document 0: no 'source'"),
         ("metrics.jsonl", "\n", "no 'train' record"),
     ],
 )
