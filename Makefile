@@ -27,7 +27,7 @@ demo: $(DEMO)
 	$(BIN)/dh demo
 
 test: $(DEV)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 slow: $(DEV)
 	$(BIN)/python -m pytest -m slow

@@ -221,7 +221,8 @@ def generated_problems(
         document_characters: a document ends at a length drawn from this range.
     """
     origin = f"reasoning-gym-{installed_version('reasoning-gym')}"
-    import reasoning_gym
+    with warnings.catch_warnings(action="ignore", category=SyntaxWarning):  # of cellpylib
+        import reasoning_gym
 
     for name in names:
         chance = random.Random(f"{seed}/{name}")

@@ -101,7 +101,9 @@ def simulate(
              "score": float(rng.normal(-HELP[i % count], 0.4)), "text": _text(i)}
             for i in range(60)
         ]  # fmt: skip
-        (folder / "documents.json").write_text(json.dumps({"targets": {"maths": 1.0}, "documents": scored}))
+        (folder / "documents.json").write_text(
+            json.dumps({"targets": {"maths": 1.0}, "documents": scored})
+        )
     return folder
 
 
