@@ -88,16 +88,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> int:
-    run = _module("compose").compose_run(options.overrides)
+    train = _module("train")
+    run = train.check(_module("compose").compose_run(options.overrides))
     console = _console()
     if options.dry_run:
-        train = _module("train")
-        price = _module("pricing").price_run(train.check(run))
-        _module("console").print_price(price, console)
+        _module("console").print_price(_module("pricing").price_run(run), console)
         return 0
     with _module("console").TrainProgress(run.training.steps, console) as progress:
         command = " ".join(["dh train", *options.overrides])
-        facts = _module("train").train(run, listeners=(progress,), command=command)
+        facts = train.train(run, listeners=(progress,), command=command)
     if facts["status"] != "finished":
         console.print(
             f"stopped at step {facts['step']}; go on with the same command and resume=true"

@@ -20,3 +20,5 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("house")
+
+pytest_plugins = ["tests.small_data"]  # fixtures

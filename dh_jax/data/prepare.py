@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dh_jax.config import SPLITS, DataConfig, SourceConfig, load_data_config
+from dh_jax.data.encoding import make_encoder
 from dh_jax.data.sources import Document, DocumentSource, split_of
 from dh_jax.data.store import (
     MANIFEST,
     SCHEMA,
     ShardWriter,
-    TokenDocument,
     TokenStore,
     open_store,
     write_json,
@@ -139,15 +139,16 @@ def _prepare_source(
     )
     documents: Any = iter(dataset)
     writers = {split: ShardWriter(folder, name, split, tokenizer.dtype) for split in SPLITS}
+    encode = make_encoder(spec, config, tokenizer)
     skipped: Counter[str] = Counter()
     done = tokens_done = 0
     fresh = _fresh(name, spec, config, documents, seen, skipped)
     while group := list(itertools.islice(fresh, ENCODE_TOGETHER)):
-        encoded = tokenizer.encode_batch([document.text for document, _ in group])
-        for (document, split), tokens in zip(group, encoded, strict=True):
-            size = len(document.text.encode())
-            writers[split].add([TokenDocument(tokens, document.id, size)])
-            tokens_done += tokens.size
+        encoded = encode([document for document, _ in group], skipped)
+        for (_, split), document in zip(group, encoded, strict=True):
+            if document is not None:
+                writers[split].add([document])
+                tokens_done += document.tokens.size
         done += len(group)
         if progress is not None:
             progress(Progress(name, done, tokens_done))

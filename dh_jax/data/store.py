@@ -25,21 +25,13 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
+from dh_jax.data.encoding import TokenDocument, join
 from dh_jax.data.packing import TokenShard
 from dh_jax.errors import DataError, StateError
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
 SHARD_TOKENS = 64 * 2**20  # a shard closes at this many tokens
-
-
-class TokenDocument(NamedTuple):
-    """One tokenised document on its way into a store or a window."""
-
-    tokens: npt.NDArray[Any]  # [n] unsigned
-    id: int  # unsigned 64-bit content hash
-    bytes: int  # UTF-8 bytes of its text
-    loss_mask: npt.NDArray[np.bool_] | None = None
 
 
 class StoredDocuments(NamedTuple):
@@ -77,19 +69,15 @@ class ShardWriter:
             return
         documents, self._documents, self._tokens = self._documents, [], 0
         lengths = np.array([d.tokens.size for d in documents], np.int64)
+        joined = join(documents)
         arrays: dict[str, Any] = {
-            "tokens": np.concatenate([d.tokens for d in documents]).astype(self._dtype),
+            "tokens": joined.tokens.astype(self._dtype),
             "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
             "ids": np.array([d.id for d in documents], np.uint64),
             "bytes": np.array([d.bytes for d in documents], np.int64),
         }
-        if any(d.loss_mask is not None for d in documents):
-            arrays["loss_mask"] = np.concatenate(
-                [
-                    d.loss_mask if d.loss_mask is not None else np.ones(d.tokens.size, np.bool_)
-                    for d in documents
-                ]
-            )
+        if joined.loss_mask is not None:
+            arrays["loss_mask"] = joined.loss_mask
         name = f"{self._source}/{self._split}-{len(self.shards):05d}.safetensors"
         path = self._folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

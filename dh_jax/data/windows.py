@@ -13,11 +13,11 @@ from typing import Any
 import grain
 import numpy as np
 
-from dh_jax.data.packing import TokenShard, Window
+from dh_jax.data.encoding import Encoder, join
+from dh_jax.data.packing import Window
 from dh_jax.data.seeding import derive
 from dh_jax.data.sources import Document
 from dh_jax.data.store import StoredDocuments
-from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.errors import DataError
 
 
@@ -85,7 +85,7 @@ class StreamWindows(grain.IterDataset[Window]):
 
     Args:
         open_epoch: epoch -> a data set of `Document`.
-        tokenizer: applied to a window's texts at once, on all cores.
+        encode: applied to a window's documents at once, on all cores.
         size: documents of a window.
         held_out: ids that must not appear here (documents of explicit probe and eval sets).
         on_error: what to do with one that does: ``raise``, or ``skip`` and count it.
@@ -95,7 +95,7 @@ class StreamWindows(grain.IterDataset[Window]):
         self,
         name: str,
         open_epoch: Callable[[int], grain.IterDataset[Document]],
-        tokenizer: TokenizerWrapper,
+        encode: Encoder,
         size: int,
         *,
         seed: int,
@@ -104,7 +104,7 @@ class StreamWindows(grain.IterDataset[Window]):
         on_error: str = "raise",
     ):
         super().__init__()
-        self.name, self.open_epoch, self.tokenizer, self.size = name, open_epoch, tokenizer, size
+        self.name, self.open_epoch, self.encode, self.size = name, open_epoch, encode, size
         self.seed, self.repeat = seed, repeat
         self.held_out, self.on_error = held_out, on_error
 
@@ -136,14 +136,15 @@ class StreamIterator(grain.DatasetIterator[Window]):
             documents = self._read()
         if not documents:
             raise StopIteration
-        tokens = self._dataset.tokenizer.encode_batch([d.text for d in documents])
-        lengths = np.array([t.size for t in tokens], np.int64)
+        encoded = self._dataset.encode(documents, self._skipped)
+        kept = [document for document in encoded if document is not None]
+        lengths = np.array([d.tokens.size for d in kept], np.int64)
         window = Window(
-            (TokenShard(np.concatenate(tokens)),),
-            np.zeros(len(documents), np.int32),
+            (join(kept),) if kept else (),
+            np.zeros(len(kept), np.int32),
             np.cumsum(lengths) - lengths,
             lengths,
-            np.array([d.id for d in documents], np.uint64),
+            np.array([d.id for d in kept], np.uint64),
             derive(self._dataset.seed, self._epoch, self._index),
         )
         self._index += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,16 @@ def test_configs_lists_what_ships(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_inspect_shows_shares_packing_and_rows(
-    data_file: Path, capsys: pytest.CaptureFixture[str]
+    data_file: Path, corpora: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["inspect", f"data={data_file}", "--batches", "3"]) == 0
     said = capsys.readouterr().out
-    assert "packing efficiency" in said and "def " in said
+    assert "packing efficiency 100.00%" in said and said.count("(64 tokens)") == 4
+    texts = [
+        json.loads(line)["text"] for p in corpora.values() for line in p.read_text().splitlines()
+    ]
+    decoded = [line for line in said.splitlines() if line.startswith("    ")]
+    assert decoded and any(decoded[-1].strip() in text for text in texts)
     for name in ("code", "mail", "sums"):
         assert name in said
 
@@ -76,7 +82,8 @@ def test_a_dry_run_prices_and_starts_nothing(
         (["data.sources.code.paths=[nothing/*.jsonl]", "data.store=null"], "nothing"),
         (["data.sources.code.weight=0.9"], "sum to 1.4"),
         (["training.steps=0"], "training.steps is 0"),
-        (["model.heads=5"], "model.width"),
+        (["model.heads=5"], "model.kv_heads"),
+        (["model.heads=5", "model.kv_heads=1"], "model.width"),
         (["mesh.data=64"], "there are"),
         (["mixing.policy=infuence"], "known policies"),
         (["mixing=influence", "influence.targets={sum: 1}"], "did you mean 'sums'?"),

@@ -7,6 +7,7 @@ from functools import partial
 import grain
 
 from dh_jax.config import DataConfig, SourceConfig
+from dh_jax.data.encoding import make_encoder
 from dh_jax.data.packing import PackedDataset, Window
 from dh_jax.data.seeding import derive
 from dh_jax.data.sources import DocumentSource
@@ -63,7 +64,7 @@ class PretrainDataset(PackedDataset):
             windows = StreamWindows(
                 name,
                 open_epoch,
-                tokenizer,
+                make_encoder(spec, config, tokenizer),
                 config.packing.window,
                 seed=own_seed,
                 repeat=repeat,

@@ -1,3 +1,5 @@
+"""Local files as records: every format, and every fault named or counted."""
+
 from __future__ import annotations
 
 import gzip

@@ -1,3 +1,5 @@
+"""Documents of a source: ids, splits, shards, exact resume."""
+
 from __future__ import annotations
 
 import gzip

@@ -19,11 +19,11 @@ import optax
 import pytest
 
 from dh_jax.config import load_data_config
+from dh_jax.demo import corpora
 from dh_jax.demo.readers import (
     Document,
     bible_chapters,
     champ_problems,
-    corpora,
     documentation,
     generated_problems,
     source_files,
@@ -319,7 +319,7 @@ def test_a_source_of_another_encoding_than_it_declares_is_counted(
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     paths = [(name, tmp_path / name) for name in files]
-    monkeypatch.setattr("dh_jax.demo.installed_files", lambda *_: iter(paths))
+    monkeypatch.setattr("dh_jax.demo.readers.installed_files", lambda *_: iter(paths))
     tally: Counter[str] = Counter()
     texts = [d.text for d in source_files(tally, 0, package="numpy")]
     assert len(texts) == 1

@@ -1,3 +1,5 @@
+"""Selection of parameters, chunks of rows, and gradients against finite differences."""
+
 from __future__ import annotations
 
 import jax

@@ -1,3 +1,5 @@
+"""The wrapped optimizer: bit-identical updates, weights that move the right way, clear refusals."""
+
 from __future__ import annotations
 
 import itertools

@@ -1,3 +1,5 @@
+"""Policies against literal transcriptions, and the properties that every move must keep."""
+
 from __future__ import annotations
 
 import functools

@@ -1,3 +1,5 @@
+"""Projection onto the bounded simplex against optimality conditions and brute force."""
+
 from __future__ import annotations
 
 import itertools

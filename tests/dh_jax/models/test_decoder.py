@@ -327,7 +327,7 @@ def test_training_step_lowers_for_gpu_and_tpu() -> None:
 
 
 SIZES = {
-    "tiny": (8192, 1_787_008),
+    "tiny": (4096, 1_078_144),
     "small": (8192, 10_152_640),
     "smollm2_135m": (49152, 134_515_008),
 }

@@ -1,4 +1,5 @@
-"""Small but real inputs: text of the standard library, a tokenizer trained on it, a config."""
+"""Small but real inputs for tests of both packages: text of the standard library, a tokenizer
+trained on it, a config, a prepared store."""
 
 from __future__ import annotations
 
