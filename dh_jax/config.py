@@ -207,6 +207,8 @@ def source_config(name: str, raw: Any) -> SourceConfig:
     _one_of(f"source {name!r}: split", source.split, ("hash", *SPLITS))
     if source.weight is not None and not (math.isfinite(source.weight) and source.weight >= 0):
         raise ConfigError(f"source {name!r}: weight {source.weight} must be finite and >= 0")
+    if source.max_epochs is not None and source.max_epochs < 1:
+        raise ConfigError(f"source {name!r}: max_epochs is {source.max_epochs}; the least is 1")
     if isinstance(source, FilesSource):
         _one_of(f"source {name!r}: format", source.format, ("auto", "jsonl", "parquet", "text"))
         if not source.paths:
@@ -236,6 +238,7 @@ def validate_data(config: DataConfig) -> DataConfig:
     _one_of("packing.strategy", config.packing.strategy, ("best_fit", "first_fit", "concat"))
     _one_of("packing.long_documents", config.packing.long_documents, ("split", "truncate"))
     _one_of("weight_unit", config.weight_unit, ("tokens", "rows", "trained_tokens"))
+    _one_of("exhausted", config.exhausted, ("renormalise", "stop"))
     _one_of("on_error", config.on_error, ("raise", "skip"))
     for label, value, least in (
         ("max_length", config.max_length, 2),

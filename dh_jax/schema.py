@@ -39,6 +39,7 @@ class SourceConfig:
     split: str = "hash"  # hash: by content into train/probe/eval; or all of it is one of these
     text: TextConfig = field(default_factory=lambda: TextConfig(column="text"))
     max_documents: int | None = None
+    max_epochs: int | None = None  # passes that training makes over it; None: as many as it takes
 
 
 @dataclass
@@ -96,6 +97,7 @@ class DataConfig:
     packing: PackingConfig = field(default_factory=PackingConfig)
     splits: SplitConfig = field(default_factory=SplitConfig)
     weight_unit: str = "tokens"  # what a weight is a share of: tokens, rows, trained_tokens
+    exhausted: str = "renormalise"  # a source has no more rows: the others share, or stop
     add_bos: bool = False
     add_eos: bool = True
     on_error: str = "raise"  # raise, or skip (counted in stats)

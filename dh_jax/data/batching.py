@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+from numba.core import cgutils, types
+from numba.extending import intrinsic
 
 from dh_jax.batch import Batch, Origins
-from dh_jax.data.packing import Row
+from dh_jax.data.packing import (
+    DOCUMENT,
+    GOES_ON,
+    LENGTH,
+    OFFSET,
+    SHARD,
+    START,
+    PackedWindow,
+    Row,
+)
 
 
 class MixedRow(NamedTuple):
@@ -37,67 +48,117 @@ def assemble(
     Returns:
         A NumPy `Batch` (no teacher) and the `Origins` of its segments.
     """
-    shape = (batch_size, row_length)
-    tokens, targets, segments, positions = (np.zeros(shape, np.int32) for _ in range(4))
-    mask = np.zeros(shape, np.bool_)
+    grid = np.empty((4, batch_size, row_length), np.int32)
+    mask = np.empty((batch_size, row_length), np.bool_)
     ids = np.zeros((batch_size, max_segments), np.uint64)
     offsets = np.zeros((batch_size, max_segments), np.int64)
     lengths = np.zeros((batch_size, max_segments), np.int32)
-    for b, (_, row) in enumerate(rows):
-        window, documents_P = row.window, row.documents_P
-        pieces = documents_P.size
-        ids[b, :pieces] = window.ids_D[documents_P]
-        offsets[b, :pieces] = row.offsets_P
-        lengths[b, :pieces] = row.lengths_P
-        starts_P = window.starts_D[documents_P] + row.offsets_P
-        goes_on_P = row.offsets_P + row.lengths_P < window.lengths_D[documents_P]
-        columns_P = np.cumsum(row.lengths_P) - row.lengths_P
-        shards_P = window.shards_D[documents_P]
-        for shard in np.unique(shards_P) if len(window.shards) > 1 else (0,):
-            chosen = np.flatnonzero(shards_P == shard)
-            source_tokens, source_mask = window.shards[shard]
-            _fill(
-                tokens[b], targets[b], mask[b], segments[b], positions[b], source_tokens,
-                source_mask if source_mask is not None else _NO_MASK, chosen,
-                columns_P, starts_P, row.lengths_P, goes_on_P,
-            )  # fmt: skip
     sources = np.full(batch_size, -1, np.int32)
-    sources[: len(rows)] = [source for source, _ in rows]
+    by_window: dict[int, tuple[PackedWindow, list[tuple[int, int]]]] = {}
+    for b, (source, row) in enumerate(rows):
+        sources[b] = source
+        packed = row.packed
+        by_window.setdefault(id(packed), (packed, []))[1].append((b, row.place))
+    for packed, places in by_window.values():
+        window = packed.window
+        _fill(
+            grid, mask, ids, offsets, lengths, np.array(places), packed.pieces_P6,
+            packed.splits_R1, window.ids_D, window.shards.addresses_S2, window.shards.width,
+        )  # fmt: skip
+    grid[:, len(rows) :] = 0
+    mask[len(rows) :] = False
     return (
-        Batch(tokens, targets, mask, segments, positions, sources),
+        Batch(grid[0], grid[1], mask, grid[2], grid[3], sources),
         Origins(ids, offsets, lengths),
     )
 
 
-_NO_MASK = np.zeros(0, np.bool_)
+def trained_tokens(row: Row) -> int:
+    """Targets of a row that are learnt."""
+    window = row.packed.window
+    return int(_trained(row.pieces_P6, window.shards.addresses_S2))
+
+
+# --- compiled --------------------------------------------------------------------------------
+
+
+def _cast(typing_context: Any, address: Any) -> Any:
+    """An integer as a pointer, for compiled code."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(address), generate
+
+
+_pointer: Any = intrinsic(_cast)
 
 
 @numba.njit(cache=True, nogil=True)
 def _fill(  # type: ignore[no-untyped-def]
-    tokens_T, targets_T, mask_T, segments_T, positions_T, source_tokens, source_mask,
-    chosen, columns_P, starts_P, lengths_P, goes_on_P,
+    grid_4BT, mask_BT, ids_BS, offsets_BS, lengths_BS, places_N2, pieces_P6, splits_R1, ids_D,
+    addresses_S2, width,
 ):  # fmt: skip
-    """Write the chosen pieces of one row."""
-    for p in chosen:
-        column, start, length = columns_P[p], starts_P[p], lengths_P[p]
-        for i in range(length):
-            tokens_T[column + i] = source_tokens[start + i]
-            segments_T[column + i] = p + 1
-            positions_T[column + i] = i
-        for i in range(length if goes_on_P[p] else length - 1):
-            targets_T[column + i] = source_tokens[start + i + 1]
-            mask_T[column + i] = source_mask.size == 0 or source_mask[start + i + 1]
+    """Write some rows of one window; ``width`` is the bytes of a token."""
+    row_length = mask_BT.shape[1]
+    for n in range(places_N2.shape[0]):
+        b, r = places_N2[n]
+        column = 0
+        first = splits_R1[r]
+        for p in range(first, splits_R1[r + 1]):
+            start, length = pieces_P6[p, START], pieces_P6[p, LENGTH]
+            targets = length if pieces_P6[p, GOES_ON] else length - 1
+            base = addresses_S2[pieces_P6[p, SHARD], 0] + start * width
+            if width == 2:
+                tokens_n = numba.carray(_pointer(base), length + 1, np.uint16)
+                _copy(tokens_n, grid_4BT[0, b], grid_4BT[1, b], column, length, targets)
+            else:
+                wide_n = numba.carray(_pointer(base), length + 1, np.uint32)
+                _copy(wide_n, grid_4BT[0, b], grid_4BT[1, b], column, length, targets)
+            segment = p - first
+            for i in range(length):
+                grid_4BT[2, b, column + i] = segment + 1
+                grid_4BT[3, b, column + i] = i
+            learnt = addresses_S2[pieces_P6[p, SHARD], 1]
+            if learnt:
+                mask_n = numba.carray(_pointer(learnt + start), length + 1, np.bool_)
+                for i in range(targets):
+                    mask_BT[b, column + i] = mask_n[i + 1]
+            else:
+                mask_BT[b, column : column + targets] = True
+            if targets < length:
+                mask_BT[b, column + targets] = False
+            ids_BS[b, segment] = ids_D[pieces_P6[p, DOCUMENT]]
+            offsets_BS[b, segment] = pieces_P6[p, OFFSET]
+            lengths_BS[b, segment] = length
+            column += length
+        for i in range(column, row_length):
+            for plane in range(4):
+                grid_4BT[plane, b, i] = 0
+            mask_BT[b, i] = False
 
 
-def trained_tokens(row: Row) -> int:
-    """Targets of a row that are learnt."""
-    window, total = row.window, 0
-    for document, offset, length in zip(
-        row.documents_P.tolist(), row.offsets_P.tolist(), row.lengths_P.tolist(), strict=True
-    ):
-        goes_on = offset + length < window.lengths_D[document]
-        loss_mask = window.shards[window.shards_D[document]].loss_mask
-        first = int(window.starts_D[document]) + offset + 1
-        last = first + length - (0 if goes_on else 1)
-        total += last - first if loss_mask is None else int(loss_mask[first:last].sum())
+@numba.njit(cache=True, nogil=True, inline="always")
+def _copy(source_n, tokens_T, targets_T, column, length, targets):  # type: ignore[no-untyped-def]
+    for i in range(targets):
+        tokens_T[column + i] = source_n[i]
+        targets_T[column + i] = source_n[i + 1]
+    if targets < length:
+        tokens_T[column + targets] = source_n[targets]
+        targets_T[column + targets] = 0
+
+
+@numba.njit(cache=True, nogil=True)
+def _trained(pieces_P6, addresses_S2):  # type: ignore[no-untyped-def]
+    total = 0
+    for p in range(pieces_P6.shape[0]):
+        length = pieces_P6[p, LENGTH]
+        targets = length if pieces_P6[p, GOES_ON] else length - 1
+        learnt = addresses_S2[pieces_P6[p, SHARD], 1]
+        if learnt:
+            mask_n = numba.carray(_pointer(learnt + pieces_P6[p, START]), length + 1, np.bool_)
+            for i in range(targets):
+                total += mask_n[i + 1]
+        else:
+            total += targets
     return total

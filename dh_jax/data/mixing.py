@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import grain
 import numba
@@ -21,9 +21,10 @@ from dh_jax.data.packing import Row
 from dh_jax.errors import ConfigError, StateError
 
 Floats = npt.NDArray[np.float64]
+ROWS, TOKENS, TRUNCATED = range(3)  # columns of what a source was given
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, nogil=True)
 def choose_source(deficits_M, weights_M, row):  # type: ignore[no-untyped-def]
     """Index of the source whose row comes next.
 
@@ -31,6 +32,9 @@ def choose_source(deficits_M, weights_M, row):  # type: ignore[no-untyped-def]
         deficits_M: [M] float64, earned minus given, in the unit of the weights.
         weights_M: [M] float64, non-negative, summing to 1.
         row: what a full row counts in that unit.
+
+    Returns:
+        The index; -1 if every weight is 0.
 
     Among sources that would have earned enough of a row by the end of this one, the one that
     would be the first to fall a whole row behind (Tijdeman 1980, section 2).
@@ -50,7 +54,18 @@ def choose_source(deficits_M, weights_M, row):  # type: ignore[no-untyped-def]
         deadline = (row - enough - deficits_M[m]) / weights_M[m]
         if earned >= enough and deadline < best_deadline:
             best, best_deadline = m, deadline
-    return best if best >= 0 else fallback
+    return best if best >= 0 else fallback  # -1 where every weight is 0
+
+
+@numba.njit(cache=True, nogil=True)
+def settle(deficits_M, weights_M, counts_M3, source, counted, tokens, truncated):  # type: ignore[no-untyped-def]
+    """Book one row: every source earns its share of what ``source`` was given."""
+    for m in range(weights_M.size):
+        deficits_M[m] += weights_M[m] * counted
+    deficits_M[source] -= counted
+    counts_M3[source, ROWS] += 1
+    counts_M3[source, TOKENS] += tokens
+    counts_M3[source, TRUNCATED] += truncated
 
 
 def normalised(weights: Mapping[str, float], names: Sequence[str]) -> Floats:
@@ -86,8 +101,9 @@ class MixedDataset(grain.IterDataset[MixedRow]):
         unit: what a share counts: ``tokens`` (as placed in rows), ``rows``, or
             ``trained_tokens`` (targets under the loss mask).
 
-    A source without further rows leaves the mixture, which ends with its last source; sources
-    that repeat never do.
+        exhausted: what happens when a source has no further row. ``renormalise``: it leaves the
+            mixture, which ends with its last source; ``stop``: the mixture ends. Sources that
+            repeat without end never come to this.
     """
 
     def __init__(
@@ -97,15 +113,28 @@ class MixedDataset(grain.IterDataset[MixedRow]):
         *,
         row_length: int,
         unit: str = "tokens",
+        exhausted: str = "renormalise",
     ):
         super().__init__(tuple(sources.values()))
         self._names = tuple(sources)
         self._weights = normalised(weights, self._names)
-        self._row_length, self._unit = row_length, unit
+        self._row_length, self._unit, self._exhausted = row_length, unit, exhausted
 
     def __iter__(self) -> MixedIterator:
         rows = [cast(grain.DatasetIterator[Row], iter(source)) for source in self.parents]
-        return MixedIterator(rows, self._names, self._weights, self._row_length, self._unit)
+        return MixedIterator(
+            rows, self._names, self._weights, self._row_length, self._unit, self._exhausted
+        )
+
+
+class Snapshot(NamedTuple):
+    """Where a mixture stands, cheap to take behind every batch; `MixedIterator.describe` turns
+    one into JSON."""
+
+    weights_M: Floats
+    deficits_M: Floats
+    counts_M3: npt.NDArray[np.int64]  # rows, tokens and truncated tokens given
+    sources: tuple[dict[str, Any], ...]  # states of the sources' own iterators
 
 
 class MixedIterator(grain.DatasetIterator[MixedRow]):
@@ -122,76 +151,124 @@ class MixedIterator(grain.DatasetIterator[MixedRow]):
         weights_M: Floats,
         row_length: int,
         unit: str,
+        exhausted: str,
     ):
         super().__init__(sources)
         self.names = tuple(names)
-        self._unit = unit
+        self._unit, self._exhausted = unit, exhausted
         self._full = 1.0 if unit == "rows" else float(row_length)
         self._weights = weights_M.copy()
         self._deficits = np.zeros(len(names), np.float64)
-        self.rows = np.zeros(len(names), np.int64)
-        self.tokens = np.zeros(len(names), np.int64)
-        self.truncated = np.zeros(len(names), np.int64)
+        self._counts = np.zeros((len(names), 3), np.int64)
 
     @property
     def weights(self) -> dict[str, float]:
         return dict(zip(self.names, self._weights.tolist(), strict=True))
 
     def set_weights(self, weights: Mapping[str, float]) -> None:
-        self._weights = normalised(weights, self.names)
+        self._weights[:] = normalised(weights, self.names)
 
     def __next__(self) -> MixedRow:
         self._assert_not_closed()
-        source, row = self._draw()
-        tokens = row.tokens
-        counted = {"tokens": tokens, "rows": 1}.get(self._unit)
-        if counted is None:
-            counted = trained_tokens(row)
-        self._deficits += self._weights * counted
-        self._deficits[source] -= counted
-        self.rows[source] += 1
-        self.tokens[source] += tokens
-        self.truncated[source] += row.truncated
-        return MixedRow(source, row)
+        rows = self.draw(1)
+        if not rows:
+            raise StopIteration
+        return rows[0]
 
-    def _draw(self) -> tuple[int, Row]:
-        while self._weights.any():
-            source = int(choose_source(self._deficits, self._weights, self._full))
+    def draw(self, count: int) -> list[MixedRow]:
+        """The next ``count`` rows, fewer only at the end of the mixture."""
+        deficits, weights, counts = self._deficits, self._weights, self._counts
+        rows: list[MixedRow] = []
+        while len(rows) < count:
+            source = choose_source(deficits, weights, self._full)
+            if source < 0:
+                break
             row = next(self._parents[source], None)
-            if row is not None:
-                return source, row
-            self._weights[source] = 0.0  # exhausted: the others share what it would have had
-            self._weights /= self._weights.sum() or 1.0
-        raise StopIteration
+            if row is None:
+                self._run_dry(source)
+                continue
+            counted = tokens = row.tokens
+            if self._unit != "tokens":
+                counted = 1 if self._unit == "rows" else trained_tokens(row)
+            settle(deficits, weights, counts, source, counted, tokens, row.truncated)
+            rows.append(MixedRow(source, row))
+        return rows
+
+    def _run_dry(self, source: int) -> None:
+        """Take a source without further rows out of the mixture, or end it."""
+        self._weights[source] = 0.0
+        total = self._weights.sum()
+        if self._exhausted == "stop" or total <= 0:
+            self._weights[:] = 0.0
+        else:  # the others share what it would have had
+            self._weights /= total
 
     def skipped(self, name: str) -> dict[str, int]:
         """Documents that a streamed source left out so far, by reason; empty for a store."""
         windows = self._parents[self.names.index(name)]._parent
         return dict(getattr(windows, "skipped", {}))
 
-    def get_state(self) -> dict[str, Any]:
+    # --- state ---
+
+    def snapshot(self) -> Snapshot:
+        """Where the mixture stands."""
+        return Snapshot(
+            self._weights.copy(),
+            self._deficits.copy(),
+            self._counts.copy(),
+            tuple([source.get_state() for source in self._parents]),
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back (or on) to where ``snapshot`` was taken."""
+        self._weights[:] = snapshot.weights_M
+        self._deficits[:] = snapshot.deficits_M
+        self._counts[:] = snapshot.counts_M3
+        for source, state in zip(self._parents, snapshot.sources, strict=True):
+            source.set_state(state)
+
+    def describe(self, snapshot: Snapshot) -> dict[str, Any]:
+        """A snapshot as JSON, source by source."""
         return {
             name: {
-                "weight": float(self._weights[m]),
-                "deficit": float(self._deficits[m]),
-                "rows": int(self.rows[m]),
-                "tokens": int(self.tokens[m]),
-                "truncated": int(self.truncated[m]),
-                "source": self._parents[m].get_state(),
+                "weight": weight,
+                "deficit": deficit,
+                "rows": counts[ROWS],
+                "tokens": counts[TOKENS],
+                "truncated": counts[TRUNCATED],
+                "source": state,
             }
-            for m, name in enumerate(self.names)
+            for name, weight, deficit, counts, state in zip(
+                self.names,
+                snapshot.weights_M.tolist(),
+                snapshot.deficits_M.tolist(),
+                snapshot.counts_M3.tolist(),
+                snapshot.sources,
+                strict=True,
+            )
         }
 
+    def get_state(self) -> dict[str, Any]:
+        return self.describe(self.snapshot())
+
     def set_state(self, state: dict[str, Any]) -> None:
+        """Continue where ``state`` was taken.
+
+        Raises:
+            StateError: it is the state of other sources.
+        """
         if set(state) != set(self.names):
             raise StateError(
                 f"the state is of sources {', '.join(state)}; this mixture has "
                 f"{', '.join(self.names)}; resume with the sources it was saved with"
             )
-        for m, name in enumerate(self.names):
-            part = state[name]
-            self._weights[m] = part["weight"]
-            self._deficits[m] = part["deficit"]
-            self.rows[m], self.tokens[m] = part["rows"], part["tokens"]
-            self.truncated[m] = part["truncated"]
-            self._parents[m].set_state(part["source"])
+        parts = [state[name] for name in self.names]
+        counts = [[part["rows"], part["tokens"], part["truncated"]] for part in parts]
+        self.restore(
+            Snapshot(
+                np.array([part["weight"] for part in parts], np.float64),
+                np.array([part["deficit"] for part in parts], np.float64),
+                np.array(counts, np.int64),
+                tuple(part["source"] for part in parts),
+            )
+        )

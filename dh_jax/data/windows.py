@@ -1,7 +1,7 @@
 """Windows of documents for packing: planned from a store's index, or read from a stream.
 
-Both are Grain data sets whose iterators carry a few integers of state, and both are infinite
-when ``repeat`` is set: the next epoch comes in another order drawn from (seed, epoch).
+Both are Grain data sets whose iterators carry a few integers of state. An epoch is one pass;
+the next one comes in another order drawn from (seed, epoch).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import grain
 import numpy as np
 
 from dh_jax.data.encoding import Encoder, join
-from dh_jax.data.packing import Window
+from dh_jax.data.packing import Shards, Window
+from dh_jax.data.permutation import permuted
 from dh_jax.data.seeding import derive
 from dh_jax.data.sources import Document
 from dh_jax.data.store import StoredDocuments
@@ -24,16 +25,31 @@ from dh_jax.errors import DataError
 class StoreWindows(grain.IterDataset[Window]):
     """Windows over stored documents, in an order that is a pure function of (seed, epoch).
 
-    The order is a pseudo-random permutation evaluated point by point (Grain's
-    ``index_shuffle``), so neither memory nor restoring grows with the number of documents.
+    The order is a permutation evaluated point by point, so neither memory nor restoring grows
+    with the number of documents. An epoch is cut into windows of nearly equal size, lest its
+    last one be a handful of documents in half-empty rows.
+
+    Args:
+        documents: of one source and split.
+        size: most documents of a window.
+        seed: of the order.
+        shuffle: False keeps the store's order.
+        epochs: passes before the windows end; None for no end.
     """
 
     def __init__(
-        self, documents: StoredDocuments, size: int, *, seed: int, shuffle: bool, repeat: bool
+        self,
+        documents: StoredDocuments,
+        size: int,
+        *,
+        seed: int,
+        shuffle: bool,
+        epochs: int | None,
     ):
         super().__init__()
-        self.documents, self.size, self.seed = documents, size, seed
-        self.shuffle, self.repeat = shuffle, repeat
+        self.documents, self.seed, self.shuffle, self.epochs = documents, seed, shuffle, epochs
+        self.count = -(-documents.lengths_D.size // size)  # windows of an epoch
+        self._shards = Shards(documents.shards)
 
     def __iter__(self) -> grain.DatasetIterator[Window]:
         return _StoreIterator(self)
@@ -41,13 +57,13 @@ class StoreWindows(grain.IterDataset[Window]):
     def window(self, epoch: int, index: int) -> Window:
         """The ``index``-th window of an epoch."""
         documents, count = self.documents, self.documents.lengths_D.size
-        chosen = np.arange(index * self.size, min((index + 1) * self.size, count))
-        seed = derive(self.seed, epoch)
+        start, stop = index * count // self.count, (index + 1) * count // self.count
         if self.shuffle:
-            shuffled = grain.experimental.index_shuffle
-            chosen = np.array([shuffled(i, count - 1, seed, 4) for i in chosen.tolist()])
+            chosen = permuted(start, stop, count, derive(self.seed, epoch))
+        else:
+            chosen = np.arange(start, stop)
         return Window(
-            documents.shards,
+            self._shards,
             documents.shards_D[chosen],
             documents.starts_D[chosen],
             documents.lengths_D[chosen],
@@ -60,16 +76,16 @@ class _StoreIterator(grain.DatasetIterator[Window]):
     def __init__(self, dataset: StoreWindows):
         super().__init__()
         self._dataset = dataset
-        self._count = -(-dataset.documents.lengths_D.size // dataset.size)
         self._epoch, self._index = 0, 0
 
     def __next__(self) -> Window:
         self._assert_not_closed()
-        if self._index >= self._count:
-            if not self._dataset.repeat:
+        dataset = self._dataset
+        if self._index >= dataset.count:
+            if self._epoch + 1 == dataset.epochs:
                 raise StopIteration
             self._epoch, self._index = self._epoch + 1, 0
-        window = self._dataset.window(self._epoch, self._index)
+        window = dataset.window(self._epoch, self._index)
         self._index += 1
         return window
 
@@ -87,6 +103,8 @@ class StreamWindows(grain.IterDataset[Window]):
         open_epoch: epoch -> a data set of `Document`.
         encode: applied to a window's documents at once, on all cores.
         size: documents of a window.
+        seed: orders the rows of windows.
+        epochs: passes before the windows end; None for no end.
         held_out: ids that must not appear here (documents of explicit probe and eval sets).
         on_error: what to do with one that does: ``raise``, or ``skip`` and count it.
     """
@@ -99,13 +117,13 @@ class StreamWindows(grain.IterDataset[Window]):
         size: int,
         *,
         seed: int,
-        repeat: bool,
+        epochs: int | None,
         held_out: frozenset[int] = frozenset(),
         on_error: str = "raise",
     ):
         super().__init__()
         self.name, self.open_epoch, self.encode, self.size = name, open_epoch, encode, size
-        self.seed, self.repeat = seed, repeat
+        self.seed, self.epochs = seed, epochs
         self.held_out, self.on_error = held_out, on_error
 
     def __iter__(self) -> StreamIterator:
@@ -129,7 +147,7 @@ class StreamIterator(grain.DatasetIterator[Window]):
     def __next__(self) -> Window:
         self._assert_not_closed()
         documents = self._read()
-        if not documents and self._dataset.repeat:
+        if not documents and self._epoch + 1 != self._dataset.epochs:
             self._skipped.update(self._documents.skipped)
             self._epoch, self._index = self._epoch + 1, 0
             self._documents = iter(self._dataset.open_epoch(self._epoch))
@@ -140,7 +158,7 @@ class StreamIterator(grain.DatasetIterator[Window]):
         kept = [document for document in encoded if document is not None]
         lengths = np.array([d.tokens.size for d in kept], np.int64)
         window = Window(
-            (join(kept),) if kept else (),
+            Shards([join(kept)] if kept else []),
             np.zeros(len(kept), np.int32),
             np.cumsum(lengths) - lengths,
             lengths,
@@ -174,6 +192,7 @@ class StreamIterator(grain.DatasetIterator[Window]):
             "epoch": self._epoch,
             "window": self._index,
             "documents": self._documents.get_state(),
+            "skipped": dict(self._skipped),
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -182,3 +201,4 @@ class StreamIterator(grain.DatasetIterator[Window]):
             self._documents = iter(self._dataset.open_epoch(self._epoch))
         self._index = int(state["window"])
         self._documents.set_state(state["documents"])
+        self._skipped = Counter(state["skipped"])

@@ -28,7 +28,7 @@ class PretrainDataset(PackedDataset):
         split: train, probe or eval.
         seed: orders documents and rows; epochs differ by themselves.
         shuffle: False keeps the documents' order (evaluation).
-        repeat: start the next epoch when one ends.
+        repeat: start the next epoch when one ends, up to the source's ``max_epochs``.
         shard: (index, count) of documents when streaming. Rows from a store are planned
             whole on every host; the loader keeps its own rows.
         held_out: document ids that must not appear when streaming.
@@ -50,6 +50,7 @@ class PretrainDataset(PackedDataset):
         held_out: frozenset[int] = frozenset(),
     ):
         own_seed = derive(seed, name, split)
+        epochs = spec.max_epochs if repeat else 1
         windows: grain.IterDataset[Window]
         if store is not None:
             windows = StoreWindows(
@@ -57,7 +58,7 @@ class PretrainDataset(PackedDataset):
                 config.packing.window,
                 seed=own_seed,
                 shuffle=shuffle,
-                repeat=repeat,
+                epochs=epochs,
             )
         else:
             open_epoch = partial(_open_epoch, name, spec, split, config, own_seed, shard, shuffle)
@@ -67,7 +68,7 @@ class PretrainDataset(PackedDataset):
                 make_encoder(spec, config, tokenizer),
                 config.packing.window,
                 seed=own_seed,
-                repeat=repeat,
+                epochs=epochs,
                 held_out=held_out,
                 on_error=config.on_error,
             )

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dh_jax.config import PackingConfig
 from dh_jax.data.batching import MixedRow, assemble, trained_tokens
-from dh_jax.data.packing import Row, TokenShard, Window, plan_rows
+from dh_jax.data.packing import Row, Shards, TokenShard, Window, pack
 
 ROW = 24
 SEGMENTS = 16
@@ -29,7 +29,7 @@ def window_of(lengths: list[int], shards: int, masked: bool, seed: int = 0) -> W
         starts.append(at[d % shards])
         at[d % shards] += length
     return Window(
-        tuple(parts),
+        Shards(parts),
         np.array(which, np.int32),
         np.array(starts, np.int64),
         np.array(lengths, np.int64),
@@ -39,11 +39,9 @@ def window_of(lengths: list[int], shards: int, masked: bool, seed: int = 0) -> W
 
 
 def rows_of(window: Window, strategy: str) -> list[Row]:
-    plan = plan_rows(window.lengths_D, ROW, PackingConfig(strategy=strategy, max_segments=SEGMENTS))
-    return [
-        Row(window, plan.documents_P[a:b], plan.offsets_P[a:b], plan.lengths_P[a:b], 0)
-        for a, b in zip(plan.splits_R1[:-1], plan.splits_R1[1:], strict=True)
-    ]
+    packing = PackingConfig(strategy=strategy, max_segments=SEGMENTS)
+    packed = pack(window, ROW, packing, shuffle=False)
+    return [Row(packed, r, tokens) for r, tokens in enumerate(packed.tokens_R)]
 
 
 @given(

@@ -138,6 +138,76 @@ def test_hosts_of_a_store_share_out_the_one_global_batch(open_loader: Any, hosts
             part.close()
 
 
+@pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4), (1, 4), (4, 1)])
+def test_a_run_of_some_hosts_goes_on_with_another_number(
+    open_loader: Any, before: int, after: int
+) -> None:
+    """The rows of an uninterrupted run, whatever the number of hosts and the prefetching."""
+    with open_loader(True) as whole:
+        expected = [next(whole).tokens_BT for _ in range(12)]
+    parts = [open_loader(True, shard=(i, before), prefetch=i) for i in range(before)]
+    rows = [np.concatenate([next(part).tokens_BT for part in parts]) for _ in range(5)]
+    states = [json.loads(json.dumps(part.get_state())) for part in parts]
+    others = [open_loader(True, shard=(i, after), prefetch=2) for i in range(after)]
+    for i, other in enumerate(others):
+        other.set_state(states[i % before])
+    rows += [np.concatenate([next(other).tokens_BT for other in others]) for _ in range(7)]
+    np.testing.assert_array_equal(rows, expected)
+    for loader in parts + others:
+        loader.close()
+
+
+def test_sources_may_be_added_and_removed_between_runs(open_loader: Any) -> None:
+    """What stays goes on where it stood; what is new begins at its beginning."""
+    with open_loader(True, sources=["code", "mail"]) as first:
+        for _ in range(6):
+            next(first)
+        state = first.get_state()
+    with open_loader(True, sources=["mail", "sums"]) as second:
+        with pytest.raises(StateError, match="changed_sources=True"):
+            second.set_state(state)
+        weights = second.weights
+        second.set_state(state, changed_sources=True)
+        assert second.weights == weights
+        ours: dict[int, list[Any]] = {0: [], 1: []}
+        for _ in range(8):
+            batch = next(second)
+            for b, source in enumerate(batch.source_ids_B.tolist()):
+                ours[source].append(batch.tokens_BT[b].tolist())
+    skip = {"mail": state["mixture"]["mail"]["rows"], "sums": 0}
+    for m, name in enumerate(("mail", "sums")):
+        with open_loader(True, sources=[name], batch_size=1) as alone:
+            rows = [next(alone).tokens_BT[0].tolist() for _ in range(skip[name] + len(ours[m]))]
+        assert ours[m] == rows[skip[name] :]
+
+
+@KINDS
+@pytest.mark.parametrize("exhausted", ["renormalise", "stop"])
+def test_a_source_ends_after_its_epochs(
+    open_loader: Any, make_config: Any, stored: bool, exhausted: str
+) -> None:
+    sources = {
+        name: {"kind": "files", "paths": spec.paths, "weight": spec.weight}
+        for name, spec in make_config().sources.items()
+    }
+    sources["mail"]["max_epochs"] = 1
+    changes = {"sources": sources, "exhausted": exhausted}
+    weights = {"code": 0.1, "mail": 0.8, "sums": 0.1}
+    with open_loader(stored, changes=changes, weights=weights, batch_size=256) as loader:
+        for _ in range(40):
+            if next(loader, None) is None or not loader.weights["mail"]:
+                break
+        assert loader.weights["mail"] == 0
+        rows = loader.stats()["sources"]["mail"]["rows"]
+        more = next(loader, None)
+    with open_loader(stored, sources=["mail"], repeat=False, batch_size=1) as alone:
+        assert rows == sum(1 for _ in alone)
+    if exhausted == "stop":
+        assert more is None
+    else:
+        assert more is not None and set(more.source_ids_B.tolist()) == {0, 2}
+
+
 def test_hosts_of_a_stream_see_disjoint_documents(open_loader: Any) -> None:
     seen = []
     for index in range(2):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dh_jax.config import PackingConfig
 from dh_jax.data.mixing import MixedDataset, choose_source, normalised
-from dh_jax.data.packing import PackedDataset, TokenShard
+from dh_jax.data.packing import DOCUMENT, OFFSET, PackedDataset, TokenShard
 from dh_jax.data.store import StoredDocuments
 from dh_jax.data.windows import StoreWindows
 from dh_jax.errors import ConfigError, StateError
@@ -62,7 +62,8 @@ def source(name: int, lengths: list[int], *, repeat: bool = True) -> PackedDatas
         sizes,
         np.arange(sizes.size, dtype=np.uint64) + 1000 * name,
     )
-    windows = StoreWindows(documents, 4, seed=name, shuffle=True, repeat=repeat)
+    epochs = None if repeat else 1
+    windows = StoreWindows(documents, 4, seed=name, shuffle=True, epochs=epochs)
     return PackedDataset(windows, ROW, PackingConfig())
 
 
@@ -77,7 +78,11 @@ def mixture(unit: str = "tokens", *, repeat: bool = True) -> MixedDataset:
 
 
 def described(rows: Any) -> list[tuple[Any, ...]]:
-    return [(m, r.window.ids_D[r.documents_P].tolist(), r.offsets_P.tolist()) for m, r in rows]
+    found = []
+    for m, row in rows:
+        ids = row.packed.window.ids_D[row.pieces_P6[:, DOCUMENT]]
+        found.append((m, ids.tolist(), row.pieces_P6[:, OFFSET].tolist()))
+    return found
 
 
 @pytest.mark.parametrize("unit", ["tokens", "rows", "trained_tokens"])

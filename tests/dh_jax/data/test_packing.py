@@ -12,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dh_jax.config import PackingConfig
-from dh_jax.data.packing import PackedDataset, Plan, TokenShard, Window, plan_rows
+from dh_jax.data.packing import (
+    DOCUMENT,
+    LENGTH,
+    OFFSET,
+    PackedDataset,
+    Shards,
+    TokenShard,
+    Window,
+)
+from dh_jax.data.planning import Plan, plan_rows
 
 LENGTHS = st.lists(st.integers(0, 90), min_size=1, max_size=60)
 STRATEGIES = st.sampled_from(["best_fit", "first_fit", "concat"])
@@ -93,6 +102,7 @@ class ListWindows(grain.IterDataset[Window]):
     def __init__(self, lengths: list[list[int]]):
         super().__init__()
         self.lengths, self.reads = lengths, 0
+        self.shards: dict[int, Shards] = {}
 
     def __iter__(self) -> Any:
         outer = self
@@ -110,7 +120,8 @@ class ListWindows(grain.IterDataset[Window]):
                 starts = np.cumsum(lengths) - lengths
                 zeros = np.zeros(lengths.size, np.int32)
                 ids = np.arange(lengths.size, dtype=np.uint64) + 1000 * self.index
-                return Window((TokenShard(tokens),), zeros, starts, lengths, ids, self.index)
+                shards = outer.shards.setdefault(self.index, Shards([TokenShard(tokens)]))
+                return Window(shards, zeros, starts, lengths, ids, self.index)
 
             def get_state(self) -> dict[str, Any]:
                 return {"window": self.index}
@@ -123,7 +134,11 @@ class ListWindows(grain.IterDataset[Window]):
 
 def described(rows: Any) -> list[tuple[Any, ...]]:
     return [
-        (row.window.ids_D[row.documents_P].tolist(), row.offsets_P.tolist(), row.lengths_P.tolist())
+        (
+            row.packed.window.ids_D[row.pieces_P6[:, DOCUMENT]].tolist(),
+            row.pieces_P6[:, OFFSET].tolist(),
+            row.pieces_P6[:, LENGTH].tolist(),
+        )
         for row in rows
     ]
 
