@@ -37,7 +37,8 @@ lint: $(DEV)
 	$(BIN)/mypy
 
 bench: $(DEV)
-	set -e; for file in benchmarks/[!_]*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+	set -e; for file in benchmarks/[!_]*.py; do name=$${file%.py}; echo "== $$file"; \
+		$(BIN)/python -m "$${name/\//.}"; done
 
 clean:
 	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
