@@ -23,6 +23,7 @@ from dh_jax.schema import (
     SOURCE_KINDS,
     SPLITS,
     DataConfig,
+    DistributedConfig,
     FilesSource,
     HubSource,
     InfluenceConfig,
@@ -34,6 +35,7 @@ from dh_jax.schema import (
     SourceConfig,
     SplitConfig,
     TextConfig,
+    TorchRunConfig,
     TrainingConfig,
 )
 
@@ -41,6 +43,7 @@ __all__ = [
     "SOURCE_KINDS",
     "SPLITS",
     "DataConfig",
+    "DistributedConfig",
     "FilesSource",
     "HubSource",
     "InfluenceConfig",
@@ -52,9 +55,11 @@ __all__ = [
     "SourceConfig",
     "SplitConfig",
     "TextConfig",
+    "TorchRunConfig",
     "TrainingConfig",
     "config_folder",
     "explain",
+    "find_yaml",
     "list_configs",
     "load_data_config",
     "source_config",
@@ -109,7 +114,7 @@ def load_data_config(
     if isinstance(config, DataConfig) and not overrides:
         return validate_data(dataclasses.replace(config))
     if isinstance(config, str | Path):
-        raw: Any = OmegaConf.load(_find_yaml("data", config))
+        raw: Any = OmegaConf.load(find_yaml("data", config))
     elif isinstance(config, DataConfig):
         raw = _untyped(config)
     else:
@@ -118,7 +123,8 @@ def load_data_config(
     return validate_data(merged)
 
 
-def _find_yaml(group: str, name: str | Path) -> Path:
+def find_yaml(group: str, name: str | Path) -> Path:
+    """The file of a shipped config, or a YAML file of one's own by its path."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         if path.is_file():
