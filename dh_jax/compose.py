@@ -25,7 +25,6 @@ from dh_jax.config import (
     validate_data,
 )
 
-
 AnyRun = TypeVar("AnyRun", RunConfig, TorchRunConfig)
 
 

@@ -66,6 +66,7 @@ __all__ = [
     "suggest",
     "typed",
     "validate_data",
+    "validate_model",
     "weights_of",
 ]
 
@@ -280,6 +281,34 @@ def weights_of(sources: Mapping[str, SourceConfig]) -> dict[str, float]:
             cure = "give at least one source a positive weight"
         raise ConfigError(f"source weights sum to {total:g}, not 1; {cure}")
     return {n: float(w) for n, w in given.items()}
+
+
+def validate_model(config: ModelConfig) -> None:
+    """Refuse a shape that no decoder has.
+
+    Raises:
+        ConfigError: one line with the field, its value and what it must be.
+    """
+    for name in ("width", "layers", "heads", "kv_heads", "mlp_width"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"model.{name} is {getattr(config, name)}; the least is 1")
+    if config.heads % config.kv_heads:
+        raise ConfigError(
+            f"model.heads {config.heads} is not a multiple of model.kv_heads {config.kv_heads}; "
+            f"kv_heads must divide {config.heads}"
+        )
+    if config.head_width is None and config.width % config.heads:
+        raise ConfigError(
+            f"model.width {config.width} is not a multiple of model.heads {config.heads}; "
+            "change one of them, or set model.head_width"
+        )
+    head_width = config.width // config.heads if config.head_width is None else config.head_width
+    if head_width < 2 or head_width % 2:
+        raise ConfigError(f"model.head_width is {head_width}; rotary positions need an even number")
+    for name in ("rope_theta", "norm_epsilon", "init_scale"):
+        if not getattr(config, name) > 0:
+            raise ConfigError(f"model.{name} is {getattr(config, name)}; it must be above 0")
+    _one_of("model.dtype", config.dtype, ("float32", "bfloat16"))
 
 
 def _one_of(label: str, value: str, allowed: Sequence[str]) -> None:

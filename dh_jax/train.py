@@ -22,7 +22,13 @@ from jax.sharding import Mesh
 
 from dh_jax import trackers
 from dh_jax.batch import Batch
-from dh_jax.config import RunConfig, TrainingConfig, load_data_config, weights_of
+from dh_jax.config import (
+    RunConfig,
+    TrainingConfig,
+    load_data_config,
+    validate_model,
+    weights_of,
+)
 from dh_jax.data.loader import Loader, get_loader
 from dh_jax.data.seeding import derive
 from dh_jax.data.store import write_json
@@ -127,7 +133,7 @@ def check(config: RunConfig) -> RunConfig:
         ConfigError: names the value, the limit and the cure.
     """
     check_training(config.training)
-    decoder.validate(config.model)
+    validate_model(config.model)
     return dataclasses.replace(config, data=load_data_config(config.data))
 
 

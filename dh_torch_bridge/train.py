@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,11 +23,10 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dh_jax.compose import compose
-from dh_jax.config import ModelConfig, TorchRunConfig, TrainingConfig
+from dh_jax.config import ModelConfig, TorchRunConfig, TrainingConfig, validate_model
 from dh_jax.data.seeding import derive
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.errors import ConfigError, DataError, UserError
-from dh_jax.models.decoder import validate
 from dh_jax.runconfig import check_training, save_config
 from dh_jax.runlog import RunLog
 from dh_torch_bridge.data import IGNORED, TorchBatch, document_mask, get_loader
@@ -36,7 +36,7 @@ from dh_torch_bridge.distributed.mesh import data_shard, make_mesh, pick_device,
 
 def build_llama(config: ModelConfig, vocab_size: int) -> LlamaForCausalLM:
     """Hugging Face's Llama in the shape of a model config, drawn from torch's global seed."""
-    validate(config)
+    validate_model(config)
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocab_size,
@@ -53,7 +53,8 @@ def build_llama(config: ModelConfig, vocab_size: int) -> LlamaForCausalLM:
             use_cache=False,
             bos_token_id=None,
             eos_token_id=None,
-            attn_implementation="sdpa",  # takes the boolean mask of `document_mask`
+            # Takes the boolean mask of `document_mask`. (Among the config's untyped extras.)
+            attn_implementation="sdpa",  # type: ignore[call-arg]
         )
     )
 
@@ -79,8 +80,12 @@ def make_optimizer(
     """AdamW as in `dh train`: warm-up, cosine, and weight decay on matrices alone."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
+        groups,
         lr=training.learning_rate,
         betas=(training.b1, training.b2),
         weight_decay=training.weight_decay,

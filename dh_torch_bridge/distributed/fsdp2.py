@@ -14,9 +14,7 @@ from dh_jax.errors import ConfigError
 from dh_torch_bridge.distributed.mesh import pick_device
 
 
-def distribute(
-    model: nn.Module, config: DistributedConfig, mesh: DeviceMesh | None
-) -> nn.Module:
+def distribute(model: nn.Module, config: DistributedConfig, mesh: DeviceMesh | None) -> nn.Module:
     """Move a model to this rank's device and spread it over the mesh.
 
     Make the optimizer afterwards: FSDP2 replaces the parameters. Both strategies *average*

@@ -1,6 +1,6 @@
 """What each of two ranks does for test_train.py, under torchrun: read rows, then train.
 
-    torchrun ... ranks.py FOLDER OVERRIDE...
+torchrun ... ranks.py FOLDER OVERRIDE...
 """
 
 from __future__ import annotations

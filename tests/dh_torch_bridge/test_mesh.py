@@ -26,9 +26,7 @@ def test_shipped_configs_take_all_ranks() -> None:
 
 
 @given(st.integers(1, 64), st.sampled_from([-1, 1, 2, 3, 4, 8]), st.integers(1, 9))
-def test_sizes_multiply_to_the_ranks_or_are_refused(
-    ranks: int, replicate: int, shard: int
-) -> None:
+def test_sizes_multiply_to_the_ranks_or_are_refused(ranks: int, replicate: int, shard: int) -> None:
     config = DistributedConfig(strategy="fsdp2", replicate=replicate, shard=shard)
     fits = ranks % shard == 0 if replicate == -1 else replicate * shard == ranks
     if fits:
@@ -77,7 +75,7 @@ def test_sizes_that_do_not_fit_come_with_a_cure(
 def test_one_process_needs_no_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
     assert make_mesh(DistributedConfig()) is None and data_shard(None) == (0, 1)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="single.* does not fit 2 ranks"):
+    with pytest.raises(ConfigError, match=r"single.* does not fit 2 ranks"):
         make_mesh(DistributedConfig())
     with pytest.raises(ConfigError, match="needs ranks; start with torchrun"):
         make_mesh(load_distributed_config("ddp"))
@@ -86,7 +84,7 @@ def test_one_process_needs_no_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_gpu_is_named() -> None:
     assert pick_device(DistributedConfig()) == torch.device("cpu")
-    with pytest.raises(ConfigError, match="need 1 GPUs, this machine has 0.*backend=gloo"):
+    with pytest.raises(ConfigError, match=r"need 1 GPUs, this machine has 0.*backend=gloo"):
         pick_device(DistributedConfig(backend="nccl"))
 
 
