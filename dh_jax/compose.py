@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -16,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dh_jax.config import (
     ConfigError,
     RunConfig,
+    TorchRunConfig,
     config_folder,
     explain,
     list_configs,
@@ -23,29 +25,38 @@ from dh_jax.config import (
     validate_data,
 )
 
+AnyRun = TypeVar("AnyRun", RunConfig, TorchRunConfig)
+
 
 def compose_run(overrides: Sequence[str] = ()) -> RunConfig:
-    """The run that ``configs/train.yaml`` and the overrides describe, typed and checked.
+    """The run of `dh train`; see `compose`."""
+    return compose("train", RunConfig, overrides)
+
+
+def compose(root: str, schema: type[AnyRun], overrides: Sequence[str] = ()) -> AnyRun:
+    """The run that ``configs/{root}.yaml`` and the overrides describe, typed and checked.
 
     Args:
+        root: ``train`` (JAX) or ``torch_train`` (the bridge's reference trainer).
+        schema: what it must fit.
         overrides: in Hydra's grammar, e.g. ``["data=demo", "training.steps=100"]``. A group also
             takes a file of one's own: ``data=my/mixture.yaml``.
 
     Raises:
         ConfigError: a group, key or value is wrong; one line with the nearest known name.
     """
-    ConfigStore.instance().store(name="run_schema", node=RunConfig)
+    ConfigStore.instance().store(name=f"{root}_schema", node=schema)
     whole = [x for x in overrides if x.partition("=")[0] in OPEN]
     others = [_opened(_own_file(x)) for x in overrides if x not in whole]
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
-            composed = hydra_compose("train", overrides=others)
+            composed = hydra_compose(root, overrides=others)
         for override in OverridesParser.create().parse_overrides(whole):
             OmegaConf.update(composed, override.key_or_group, override.value(), merge=False)
         run = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_one_line(error)) from error
-    assert isinstance(run, RunConfig)
+        raise ConfigError(_one_line(error, schema)) from error
+    assert isinstance(run, schema)
     run.data = validate_data(run.data)
     return run
 
@@ -73,7 +84,7 @@ def _own_file(override: str) -> str:
     return f"{group}={name}"
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Exception, schema: type) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
         known = list_configs().get(group, [])
@@ -83,7 +94,7 @@ def _one_line(error: Exception) -> str:
         )
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException):
-        return explain(cause, RunConfig, "config")
+        return explain(cause, schema, "config")
     if isinstance(error, OmegaConfBaseException):
-        return explain(error, RunConfig, "config")
+        return explain(error, schema, "config")
     return " ".join(str(error).split())

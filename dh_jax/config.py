@@ -23,6 +23,7 @@ from dh_jax.schema import (
     SOURCE_KINDS,
     SPLITS,
     DataConfig,
+    DistributedConfig,
     FilesSource,
     HubSource,
     InfluenceConfig,
@@ -34,6 +35,7 @@ from dh_jax.schema import (
     SourceConfig,
     SplitConfig,
     TextConfig,
+    TorchRunConfig,
     TrainingConfig,
 )
 
@@ -41,6 +43,7 @@ __all__ = [
     "SOURCE_KINDS",
     "SPLITS",
     "DataConfig",
+    "DistributedConfig",
     "FilesSource",
     "HubSource",
     "InfluenceConfig",
@@ -52,15 +55,18 @@ __all__ = [
     "SourceConfig",
     "SplitConfig",
     "TextConfig",
+    "TorchRunConfig",
     "TrainingConfig",
     "config_folder",
     "explain",
+    "find_yaml",
     "list_configs",
     "load_data_config",
     "source_config",
     "suggest",
     "typed",
     "validate_data",
+    "validate_model",
     "weights_of",
 ]
 
@@ -109,7 +115,7 @@ def load_data_config(
     if isinstance(config, DataConfig) and not overrides:
         return validate_data(dataclasses.replace(config))
     if isinstance(config, str | Path):
-        raw: Any = OmegaConf.load(_find_yaml("data", config))
+        raw: Any = OmegaConf.load(find_yaml("data", config))
     elif isinstance(config, DataConfig):
         raw = _untyped(config)
     else:
@@ -118,7 +124,8 @@ def load_data_config(
     return validate_data(merged)
 
 
-def _find_yaml(group: str, name: str | Path) -> Path:
+def find_yaml(group: str, name: str | Path) -> Path:
+    """The file of a shipped config, or a YAML file of one's own by its path."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         if path.is_file():
@@ -277,6 +284,34 @@ def weights_of(sources: Mapping[str, SourceConfig]) -> dict[str, float]:
             cure = "give at least one source a positive weight"
         raise ConfigError(f"source weights sum to {total:g}, not 1; {cure}")
     return {n: float(w) for n, w in given.items()}
+
+
+def validate_model(config: ModelConfig) -> None:
+    """Refuse a shape that no decoder has.
+
+    Raises:
+        ConfigError: one line with the field, its value and what it must be.
+    """
+    for name in ("width", "layers", "heads", "kv_heads", "mlp_width"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"model.{name} is {getattr(config, name)}; the least is 1")
+    if config.heads % config.kv_heads:
+        raise ConfigError(
+            f"model.heads {config.heads} is not a multiple of model.kv_heads {config.kv_heads}; "
+            f"kv_heads must divide {config.heads}"
+        )
+    if config.head_width is None and config.width % config.heads:
+        raise ConfigError(
+            f"model.width {config.width} is not a multiple of model.heads {config.heads}; "
+            "change one of them, or set model.head_width"
+        )
+    head_width = config.width // config.heads if config.head_width is None else config.head_width
+    if head_width < 2 or head_width % 2:
+        raise ConfigError(f"model.head_width is {head_width}; rotary positions need an even number")
+    for name in ("rope_theta", "norm_epsilon", "init_scale"):
+        if not getattr(config, name) > 0:
+            raise ConfigError(f"model.{name} is {getattr(config, name)}; it must be above 0")
+    _one_of("model.dtype", config.dtype, ("float32", "bfloat16"))
 
 
 def _one_of(label: str, value: str, allowed: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""A run's saved config: written once, and held against the config of a resumption."""
+"""A run's config: checked, written once, and held against the config of a resumption."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from dh_jax.config import RunConfig
-from dh_jax.errors import StateError
+from dh_jax.config import RunConfig, TorchRunConfig, TrainingConfig
+from dh_jax.errors import ConfigError, StateError
 
 MAY_CHANGE = {  # config keys that may differ between a run and its resumption
     "out", "resume", "data.prefetch", "training.keep", "training.checkpoint_interval",
@@ -19,7 +19,24 @@ MAY_CHANGE = {  # config keys that may differ between a run and its resumption
 }  # fmt: skip
 
 
-def save_config(folder: Path, config: RunConfig) -> None:
+def check_training(training: TrainingConfig) -> None:
+    """Refuse counts that no run has.
+
+    Raises:
+        ConfigError: names the key, its value and the least it may be.
+    """
+    t = training
+    for label, value, least in (
+        ("steps", t.steps, 1), ("batch_size", t.batch_size, 1), ("warmup", t.warmup, 0),
+        ("eval_interval", t.eval_interval, 1), ("eval_rows", t.eval_rows, 1),
+        ("checkpoint_interval", t.checkpoint_interval, 1), ("keep", t.keep, 1),
+        ("log_interval", t.log_interval, 1),
+    ):  # fmt: skip
+        if value < least:
+            raise ConfigError(f"training.{label} is {value}; the least is {least}")
+
+
+def save_config(folder: Path, config: RunConfig | TorchRunConfig) -> None:
     """Write ``config.yaml`` into a run's folder, atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / ".config.yaml.partial"

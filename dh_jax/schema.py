@@ -138,6 +138,25 @@ class MeshConfig:
 
 
 @dataclass
+class DistributedConfig:
+    """How torch ranks share a model, and in what precision they work on their shares.
+
+    ``replicate`` times ``shard`` is the number of ranks; one of the two may be -1 (what is left).
+    ``replicate`` groups of ranks each hold the whole model, split over the ``shard`` ranks of the
+    group. The three keys after them are for fsdp2 alone.
+    """
+
+    name: str = "single"
+    strategy: str = "single"  # single (one process), ddp (copies), fsdp2 (shares; hybrid if both)
+    replicate: int = 1
+    shard: int = 1
+    param_dtype: str | None = None  # gathered parameters and activations; None: as the model has
+    reduce_dtype: str | None = None  # sums of gradients over ranks; None: param_dtype
+    reshard_after_forward: bool = True  # free a block's parameters until its backward
+    backend: str = "auto"  # auto (nccl where there is a GPU, else gloo), nccl, gloo
+
+
+@dataclass
 class MixingConfig:
     """Which policy moves the weights, how often, and within what bounds."""
 
@@ -198,3 +217,14 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     out: str = "runs/default"
     resume: bool = False
+
+
+@dataclass
+class TorchRunConfig:
+    """Everything one run of the torch bridge's reference trainer is made from."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    out: str = "runs/torch"

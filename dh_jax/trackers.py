@@ -1,7 +1,12 @@
-"""Optional listeners: TensorBoard and Weights & Biases (both work offline)."""
+"""Optional listeners: TensorBoard and Weights & Biases (both work offline).
+
+Each is a context: leaving it writes out what is still queued.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,37 +14,53 @@ from dh_jax.errors import ConfigError
 from dh_jax.runlog import Listener, Record
 
 
-def tensorboard(folder: Path) -> Listener:
-    """Write scalars for TensorBoard below ``folder``."""
+@contextmanager
+def tensorboard(folder: Path, resumed_at: int | None = None) -> Iterator[Listener]:
+    """Write scalars for TensorBoard below ``folder``.
+
+    Args:
+        folder: for event files; a resumed run adds one.
+        resumed_at: step of the checkpoint a run goes on from; TensorBoard hides what an earlier
+            attempt logged behind it.
+
+    Raises:
+        ConfigError: tensorboardX is not installed.
+    """
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise ConfigError(
             "training.tensorboard needs tensorboardX; pip install 'data-handler[track]'"
         ) from error
-    writer = SummaryWriter(str(folder))
+    purge = None if resumed_at is None else resumed_at + 1
+    with SummaryWriter(str(folder), purge_step=purge) as writer:
 
-    def listen(record: Record) -> None:
-        for name, value in scalars(record).items():
-            writer.add_scalar(name, value, record["step"])
+        def listen(record: Record) -> None:
+            for name, value in scalars(record).items():
+                writer.add_scalar(name, value, record["step"])
 
-    return listen
+        yield listen
 
 
-def wandb(folder: Path, config: dict[str, Any]) -> Listener:
-    """Log to Weights & Biases; set WANDB_MODE=offline to keep it on this machine."""
+@contextmanager
+def wandb(folder: Path, config: dict[str, Any]) -> Iterator[Listener]:
+    """Log to Weights & Biases; set WANDB_MODE=offline to keep it on this machine.
+
+    Raises:
+        ConfigError: wandb is not installed.
+    """
     try:
         import wandb as client
     except ImportError as error:
         raise ConfigError(
             "training.wandb needs wandb; pip install 'data-handler[track]'"
         ) from error
-    run = client.init(project="data-handler", dir=str(folder), config=config)
+    with client.init(project="data-handler", dir=str(folder), config=config) as run:
 
-    def listen(record: Record) -> None:
-        run.log(scalars(record), step=record["step"])
+        def listen(record: Record) -> None:
+            run.log(scalars(record), step=record["step"])
 
-    return listen
+        yield listen
 
 
 def scalars(record: Record) -> dict[str, float]:

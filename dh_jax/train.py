@@ -22,7 +22,13 @@ from jax.sharding import Mesh
 
 from dh_jax import trackers
 from dh_jax.batch import Batch
-from dh_jax.config import RunConfig, TrainingConfig, load_data_config, weights_of
+from dh_jax.config import (
+    RunConfig,
+    TrainingConfig,
+    load_data_config,
+    validate_model,
+    weights_of,
+)
 from dh_jax.data.loader import Loader, get_loader
 from dh_jax.data.seeding import derive
 from dh_jax.data.store import write_json
@@ -37,7 +43,7 @@ from dh_jax.influence.optimizer import InfluenceAwareOptimizer, InfluenceState, 
 from dh_jax.mixing.registry import make_policy
 from dh_jax.models import decoder
 from dh_jax.ranking import rank_documents
-from dh_jax.runconfig import refuse_other_config, save_config
+from dh_jax.runconfig import check_training, refuse_other_config, save_config
 from dh_jax.runlog import Listener, RunLog
 from dh_jax.sampling import Samplers
 from dh_jax.signals import stop_signals
@@ -126,16 +132,8 @@ def check(config: RunConfig) -> RunConfig:
     Raises:
         ConfigError: names the value, the limit and the cure.
     """
-    t = config.training
-    for label, value, least in (
-        ("steps", t.steps, 1), ("batch_size", t.batch_size, 1), ("warmup", t.warmup, 0),
-        ("eval_interval", t.eval_interval, 1), ("eval_rows", t.eval_rows, 1),
-        ("checkpoint_interval", t.checkpoint_interval, 1), ("keep", t.keep, 1),
-        ("log_interval", t.log_interval, 1),
-    ):  # fmt: skip
-        if value < least:
-            raise ConfigError(f"training.{label} is {value}; the least is {least}")
-    decoder.validate(config.model)
+    check_training(config.training)
+    validate_model(config.model)
     return dataclasses.replace(config, data=load_data_config(config.data))
 
 
@@ -226,9 +224,11 @@ def train(
             run, step = _restore(run, checkpoints)
         save_config(folder, config)
         if config.training.tensorboard:
-            listeners += (trackers.tensorboard(folder / "tensorboard"),)
+            scalars = trackers.tensorboard(folder / "tensorboard", step)
+            listeners += (closing.enter_context(scalars),)
         if config.training.wandb:
-            listeners += (trackers.wandb(folder, dataclasses.asdict(config)),)
+            client = trackers.wandb(folder, dataclasses.asdict(config))
+            listeners += (closing.enter_context(client),)
         log = RunLog(folder, step=step, listeners=listeners)
         closing.callback(log.close)
         facts = describe(run) | {"command": command}

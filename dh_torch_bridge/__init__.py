@@ -11,15 +11,31 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dh_jax.config import load_data_config
     from dh_jax.influence.optimizer import InfluenceAwareOptimizer
-    from dh_torch_bridge.data import get_loader
+    from dh_torch_bridge.data import document_mask, get_loader
+    from dh_torch_bridge.distributed.fsdp2 import distribute
+    from dh_torch_bridge.distributed.mesh import data_shard, load_distributed_config, make_mesh
 
 _HOMES = {
     "InfluenceAwareOptimizer": "dh_jax.influence.optimizer",
+    "data_shard": "dh_torch_bridge.distributed.mesh",
+    "distribute": "dh_torch_bridge.distributed.fsdp2",
+    "document_mask": "dh_torch_bridge.data",
     "get_loader": "dh_torch_bridge.data",
     "load_data_config": "dh_jax.config",
+    "load_distributed_config": "dh_torch_bridge.distributed.mesh",
+    "make_mesh": "dh_torch_bridge.distributed.mesh",
 }
 
-__all__ = ["InfluenceAwareOptimizer", "get_loader", "load_data_config"]
+__all__ = [
+    "InfluenceAwareOptimizer",
+    "data_shard",
+    "distribute",
+    "document_mask",
+    "get_loader",
+    "load_data_config",
+    "load_distributed_config",
+    "make_mesh",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -58,6 +58,17 @@ def as_torch(batch: Batch) -> TorchBatch:
     }
 
 
+def document_mask(segment_ids_BT: torch.Tensor) -> torch.Tensor:
+    """Attention to earlier tokens of the same document, bool ``[B, 1, T, T]``, True = may see.
+
+    For `scaled_dot_product_attention`, and so for a Hugging Face model with
+    ``attn_implementation="sdpa"``; ``"eager"`` adds masks to scores and needs the same as floats.
+    Padding is segment 0 and sees padding only, so no row is empty.
+    """
+    same_BTT = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+    return same_BTT.tril()[:, None]
+
+
 class TorchLoader:
     """An iterator of torch batches over a `dh_jax` loader; a context manager."""
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dh_jax.config import validate_model
 from dh_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ Array: TypeAlias = jax.Array
 Params: TypeAlias = dict[str, Any]  # nested, string keys, float32 leaves
 Graph: TypeAlias = nnx.GraphDef["Decoder"]
 
-DTYPES = ("float32", "bfloat16")
 LOSS_CHUNK = 1024  # targets whose logits exist at one time
 
 
@@ -142,7 +142,7 @@ class Decoder(nnx.Module):
     """Tokens to hidden states; `logits` is apart, so that a loss can take it in chunks."""
 
     def __init__(self, config: ModelConfig, vocab_size: int, *, rngs: nnx.Rngs) -> None:
-        validate(config)
+        validate_model(config)
         if vocab_size < 1:
             raise ConfigError(f"vocab_size is {vocab_size}; the least is 1")
         self.head_width, self.theta = _head_width(config), config.rope_theta
@@ -203,36 +203,6 @@ def _head_width(config: ModelConfig) -> int:
 # --- building --------------------------------------------------------------------------------
 
 
-def validate(config: ModelConfig) -> None:
-    """Refuse a shape that no decoder has.
-
-    Raises:
-        ConfigError: one line with the field, its value and what it must be.
-    """
-    for name in ("width", "layers", "heads", "kv_heads", "mlp_width"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"model.{name} is {getattr(config, name)}; the least is 1")
-    if config.heads % config.kv_heads:
-        raise ConfigError(
-            f"model.heads {config.heads} is not a multiple of model.kv_heads {config.kv_heads}; "
-            f"kv_heads must divide {config.heads}"
-        )
-    if config.head_width is None and config.width % config.heads:
-        raise ConfigError(
-            f"model.width {config.width} is not a multiple of model.heads {config.heads}; "
-            "change one of them, or set model.head_width"
-        )
-    if _head_width(config) < 2 or _head_width(config) % 2:
-        raise ConfigError(
-            f"model.head_width is {_head_width(config)}; rotary positions need an even number"
-        )
-    for name in ("rope_theta", "norm_epsilon", "init_scale"):
-        if not getattr(config, name) > 0:
-            raise ConfigError(f"model.{name} is {getattr(config, name)}; it must be above 0")
-    if config.dtype not in DTYPES:
-        raise ConfigError(f"model.dtype is {config.dtype!r}; allowed: {', '.join(DTYPES)}")
-
-
 def build(config: ModelConfig, vocab_size: int, key: Array) -> tuple[Graph, Params]:
     """A new decoder: its static graph and its parameters, drawn from ``key``.
 
@@ -240,7 +210,7 @@ def build(config: ModelConfig, vocab_size: int, key: Array) -> tuple[Graph, Para
     layers is 5 seconds against 35.
 
     Raises:
-        ConfigError: the config describes no decoder (see `validate`).
+        ConfigError: the config describes no decoder (see `validate_model`).
     """
     return abstract_graph(config, vocab_size), _initialise(config, vocab_size, key)
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from dh_jax.batch import Batch
-from dh_jax.config import ModelConfig, config_folder, typed
+from dh_jax.config import ModelConfig, config_folder, typed, validate_model
 from dh_jax.errors import ConfigError
 from dh_jax.functions import masked_mean
 from dh_jax.models import decoder
@@ -396,5 +396,5 @@ def test_flops_are_three_times_what_xla_counts_forward() -> None:
 def test_impossible_shapes_are_refused_by_name(changes: str, named: str) -> None:
     config = typed(ModelConfig, dataclasses.asdict(CONFIG), changes.split())
     with pytest.raises(ConfigError, match=named) as caught:
-        decoder.validate(config)
+        validate_model(config)
     assert "\n" not in str(caught.value)

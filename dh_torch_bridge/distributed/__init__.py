@@ -1,0 +1,1 @@
+"""Torch ranks: their mesh, and a model spread over it."""

@@ -1,0 +1,36 @@
+"""What each of two ranks does for test_train.py, under torchrun: read rows, then train.
+
+torchrun ... ranks.py FOLDER OVERRIDE...
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from dh_jax.compose import compose
+from dh_jax.config import TorchRunConfig
+from dh_torch_bridge import data_shard, get_loader, load_distributed_config, make_mesh
+from dh_torch_bridge.train import train
+
+
+def main(folder: Path, overrides: list[str]) -> None:
+    for name, sizes in (("ddp", []), ("fsdp2", []), ("hybrid", ["replicate=2"])):
+        config = load_distributed_config("fsdp2" if name == "hybrid" else name, sizes)
+        mesh = make_mesh(config)
+        run = compose("torch_train", TorchRunConfig, [*overrides, f"out={folder / name}"])
+        run.distributed = config
+        with get_loader(run.data, batch_size=8, shard=data_shard(mesh)) as loader:
+            rows = torch.stack([next(loader)["input_ids"] for _ in range(5)])
+        torch.save(rows, folder / f"{name}-rank{dist.get_rank()}.pt")
+        train(run)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
+    dist.barrier()
+    os._exit(0)

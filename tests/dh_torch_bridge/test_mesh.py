@@ -1,0 +1,105 @@
+"""Configs of torch ranks: what ships, which sizes fit, and what is refused with which cure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+
+from dh_jax.config import DistributedConfig, list_configs  # noqa: E402
+from dh_jax.errors import ConfigError  # noqa: E402
+from dh_torch_bridge import data_shard, load_distributed_config, make_mesh  # noqa: E402
+from dh_torch_bridge.distributed.fsdp2 import blocks_of, distribute  # noqa: E402
+from dh_torch_bridge.distributed.mesh import mesh_sizes, pick_device  # noqa: E402
+
+
+def test_shipped_configs_take_all_ranks() -> None:
+    assert list_configs()["distributed"] == ["ddp", "fsdp2", "single"]
+    sizes = {n: mesh_sizes(load_distributed_config(n), 4) for n in ("ddp", "fsdp2")}
+    assert sizes == {"ddp": (4, 1), "fsdp2": (1, 4)}
+    assert mesh_sizes(load_distributed_config("single"), 1) == (1, 1)
+    assert mesh_sizes(load_distributed_config("fsdp2", ["replicate=2"]), 6) == (2, 3)
+
+
+@given(st.integers(1, 64), st.sampled_from([-1, 1, 2, 3, 4, 8]), st.integers(1, 9))
+def test_sizes_multiply_to_the_ranks_or_are_refused(ranks: int, replicate: int, shard: int) -> None:
+    config = DistributedConfig(strategy="fsdp2", replicate=replicate, shard=shard)
+    fits = ranks % shard == 0 if replicate == -1 else replicate * shard == ranks
+    if fits:
+        sizes = mesh_sizes(config, ranks)
+        assert sizes[0] * sizes[1] == ranks and sizes[1] == shard
+    else:
+        with pytest.raises(ConfigError, match=f"does not fit {ranks} ranks"):
+            mesh_sizes(config, ranks)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"strategy": "fsdp"}, "distributed.strategy is 'fsdp' .did you mean 'fsdp2'"),
+        ({"backend": "mpi"}, "distributed.backend is 'mpi'; allowed: auto, nccl, gloo"),
+        ({"param_dtype": "bf16", "strategy": "fsdp2"}, "param_dtype is 'bf16'.*null"),
+        ({"shards": 2}, "unknown key 'shards' .did you mean 'shard'"),
+        ({"strategy": "fsdp2", "replicate": -1, "shard": -1}, "at most one may be -1"),
+        ({"strategy": "fsdp2", "shard": 0}, "shard=0 .*each must be positive"),
+        ({"shard": 2}, "single is one process; set both to 1"),
+        ({"strategy": "ddp", "shard": -1}, "ddp splits no model; set shard=1"),
+        ({"strategy": "ddp", "param_dtype": "bfloat16"}, "only fsdp2 keeps two precisions"),
+    ],
+)
+def test_wrong_configs_name_the_value_and_the_cure(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_distributed_config(changes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ranks", "cure"),
+    [
+        ({"replicate": 2, "shard": 3}, 4, "--nproc-per-node 6, or set one of them to -1"),
+        ({"replicate": -1, "shard": 3}, 4, "take one of 1, 2, 4, or a multiple of 3 ranks"),
+        ({"strategy": "single"}, 2, "take distributed=ddp or distributed=fsdp2"),
+    ],
+)
+def test_sizes_that_do_not_fit_come_with_a_cure(
+    sizes: dict[str, Any], ranks: int, cure: str
+) -> None:
+    config = load_distributed_config({"strategy": "fsdp2", **sizes})
+    with pytest.raises(ConfigError, match=f"does not fit {ranks} ranks; .*{cure}"):
+        mesh_sizes(config, ranks)
+
+
+def test_one_process_needs_no_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert make_mesh(DistributedConfig()) is None and data_shard(None) == (0, 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"single.* does not fit 2 ranks"):
+        make_mesh(DistributedConfig())
+    with pytest.raises(ConfigError, match="needs ranks; start with torchrun"):
+        make_mesh(load_distributed_config("ddp"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_named() -> None:
+    assert pick_device(DistributedConfig()) == torch.device("cpu")
+    with pytest.raises(ConfigError, match=r"need 1 GPUs, this machine has 0.*backend=gloo"):
+        pick_device(DistributedConfig(backend="nccl"))
+
+
+def test_blocks_are_those_of_the_outermost_list() -> None:
+    def block() -> Any:
+        experts = torch.nn.ModuleList([torch.nn.Linear(2, 2) for _ in range(2)])
+        return torch.nn.ModuleDict({"experts": experts})
+
+    blocks = [block(), block()]
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(blocks)})
+    assert blocks_of(model) == blocks
+    with pytest.raises(ConfigError, match=r"finds no nn.ModuleList of blocks in Linear"):
+        blocks_of(torch.nn.Linear(2, 2))
+
+
+def test_a_single_process_keeps_its_model() -> None:
+    model = torch.nn.Linear(2, 2)
+    assert distribute(model, DistributedConfig(backend="gloo"), None) is model

@@ -1,0 +1,230 @@
+"""The reference trainer: documents that cannot see one another, and ranks that change nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+torch = pytest.importorskip("torch")
+
+from dh_jax.config import ModelConfig, TrainingConfig, list_configs, typed  # noqa: E402
+from dh_jax.config import config_folder as folder_of_configs  # noqa: E402
+from dh_jax.models import decoder  # noqa: E402
+from dh_jax.train import make_schedule  # noqa: E402
+from dh_torch_bridge.data import IGNORED, get_loader  # noqa: E402
+from dh_torch_bridge.train import build_llama, main, make_optimizer, token_losses  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).parent
+STEPS = 6
+SHAPE = ModelConfig(width=32, layers=2, heads=4, kv_heads=2, mlp_width=48)
+
+
+# --- documents -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    torch.manual_seed(0)
+    return build_llama(SHAPE, 512)
+
+
+@settings(max_examples=25)
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=6), st.data())
+def test_a_document_leaves_no_trace_in_the_losses_of_its_neighbours(
+    llama: Any, lengths: list[int], data: st.DataObject
+) -> None:
+    tokens = sum(lengths) + 3  # three of padding
+    batch = {
+        "input_ids": torch.randint(0, 64, (1, tokens), dtype=torch.int32),
+        "shift_labels": torch.randint(0, 64, (1, tokens)),
+        "position_ids": torch.zeros(1, tokens, dtype=torch.int32),
+        "segment_ids": torch.zeros(1, tokens, dtype=torch.int32),
+    }
+    ends = np.cumsum(lengths)
+    for i, (length, end) in enumerate(zip(lengths, ends, strict=True)):
+        batch["position_ids"][0, end - length : end] = torch.arange(length)
+        batch["segment_ids"][0, end - length : end] = i + 1
+    batch["shift_labels"][0, ends - 1] = IGNORED
+    batch["shift_labels"][0, ends[-1] :] = IGNORED
+    changed = data.draw(st.integers(0, len(lengths) - 1))
+    inside = batch["segment_ids"][0] == changed + 1
+    other = {name: tensor.clone() for name, tensor in batch.items()}
+    other["input_ids"][0, inside] = (other["input_ids"][0, inside] + 1) % 64
+    with torch.no_grad():
+        a, b = token_losses(llama, batch), token_losses(llama, other)
+    assert torch.equal(a[0, ~inside], b[0, ~inside])
+    if lengths[changed] > 1:  # else nothing is learnt in it
+        assert not torch.equal(a[0, inside], b[0, inside])
+
+
+def test_losses_in_a_packed_row_are_those_of_each_document_alone(
+    llama: Any, make_config: Any, store: Path
+) -> None:
+    """Against transformers' own causal attention, given no mask and one document at a time."""
+    with get_loader(make_config(store=str(store)), batch_size=2) as loader:
+        batch = next(loader)
+    with torch.no_grad():
+        packed = token_losses(llama, batch)
+        for row in range(2):
+            for segment in range(1, int(batch["segment_ids"][row].max()) + 1):
+                inside = batch["segment_ids"][row] == segment
+                logits = llama(input_ids=batch["input_ids"][row, inside][None]).logits[0]
+                labels = batch["shift_labels"][row, inside]
+                alone = torch.nn.functional.cross_entropy(
+                    logits, labels, ignore_index=IGNORED, reduction="none"
+                )
+                torch.testing.assert_close(packed[row, inside], alone, atol=2e-6, rtol=0)
+
+
+# --- like the JAX trainer ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list_configs()["model"])
+def test_every_model_config_has_as_many_parameters_as_in_jax(name: str) -> None:
+    config = typed(ModelConfig, OmegaConf.load(folder_of_configs() / "model" / f"{name}.yaml"))
+    vocab_size = config.vocab_size or 4096
+    with torch.device("meta"):
+        ours = sum(p.numel() for p in build_llama(config, vocab_size).parameters())
+    assert ours == decoder.count_parameters(decoder.abstract_params(config, vocab_size))
+
+
+def test_the_optimizer_follows_the_schedule_of_dh_train() -> None:
+    training = TrainingConfig(steps=30, warmup=7, learning_rate=2e-3)
+    optimizer, schedule = make_optimizer(build_llama(SHAPE, 64), training)
+    theirs: optax.Schedule = make_schedule(training)
+    for step in range(35):
+        assert schedule.get_last_lr()[0] == pytest.approx(float(theirs(step)), rel=1e-5, abs=1e-9)
+        optimizer.step()
+        schedule.step()
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+
+
+# --- ranks -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def overrides(make_config: Any, store: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    path = tmp_path_factory.mktemp("config") / "small.yaml"
+    OmegaConf.save(OmegaConf.create(dataclasses.asdict(make_config(store=str(store)))), path)
+    shape = {k: getattr(SHAPE, k) for k in ("width", "layers", "heads", "kv_heads", "mlp_width")}
+    return [
+        f"data={path}",
+        *(f"model.{key}={value}" for key, value in shape.items()),
+        f"training.steps={STEPS}",
+        "training.batch_size=8",
+        "training.warmup=2",
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    assert main([*overrides, f"out={folder}"]) == 0
+    return records(folder)
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def torchrun(*arguments: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.run(
+        [*launcher, f"--nproc-per-node={ranks}", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        timeout=300,
+        check=False,
+    )
+
+
+def assert_same_run(folder: Path, alone: list[dict[str, Any]]) -> None:
+    ours = records(folder)
+    assert [r["step"] for r in ours] == list(range(1, STEPS + 1))
+    for key, tolerance in (("loss", 1e-5), ("grad_norm", 1e-5), ("tokens", 0)):
+        np.testing.assert_allclose(
+            [r[key] for r in ours], [r[key] for r in alone], atol=tolerance, rtol=0
+        )
+
+
+def test_two_ranks_read_and_train_as_one_process_does(
+    overrides: list[str],
+    alone: list[dict[str, Any]],
+    make_config: Any,
+    store: Path,
+    tmp_path: Path,
+) -> None:
+    assert alone[-1]["loss"] < alone[0]["loss"] - 0.1  # it learns, so equality says something
+    done = torchrun(str(HERE / "ranks.py"), str(tmp_path), *overrides)
+    assert done.returncode == 0, done.stderr
+    with get_loader(make_config(store=str(store)), batch_size=8) as loader:
+        rows = torch.stack([next(loader)["input_ids"] for _ in range(5)])
+    for name in ("ddp", "fsdp2", "hybrid"):
+        first, second = (torch.load(tmp_path / f"{name}-rank{r}.pt") for r in (0, 1))
+        assert torch.equal(torch.cat([first, second], dim=1), rows)  # steps, rows, tokens
+        assert first.shape == second.shape and not torch.equal(first, second)
+        assert_same_run(tmp_path / name, alone)
+
+
+@pytest.mark.slow
+def test_the_command_trains_on_two_ranks(
+    overrides: list[str], alone: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    command = ["-m", "dh_torch_bridge.train", *overrides, f"out={tmp_path / 'run'}"]
+    done = torchrun(*command, "distributed=fsdp2")
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "run", alone)
+    assert OmegaConf.load(tmp_path / "run" / "config.yaml").distributed.strategy == "fsdp2"
+
+
+# --- mistakes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("distributed=fsdp2", "needs ranks; start with torchrun"),
+        ("distributed=fspd2", "did you mean 'fsdp2'"),
+        ("distributed.shrad=2", "shrad"),
+        ("model.heads=3", "model.heads 3 is not a multiple of model.kv_heads 2"),
+        ("model.vocab_size=8", "is below the tokenizer's"),
+        ("training.steps=0", "training.steps is 0; the least is 1"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    override: str, said: str, overrides: list[str], tmp_path: Path, capsys: Any
+) -> None:
+    assert main([*overrides, f"out={tmp_path / 'run'}", override]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_written_over(overrides: list[str], tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "config.yaml").write_text("kept")
+    assert main([*overrides, f"out={tmp_path}"]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert (tmp_path / "config.yaml").read_text() == "kept"
+
+
+@pytest.mark.slow
+def test_a_layout_that_does_not_fit_stops_all_ranks(overrides: list[str], tmp_path: Path) -> None:
+    command = ["-m", "dh_torch_bridge.train", *overrides, f"out={tmp_path / 'run'}"]
+    done = torchrun(*command, "distributed=fsdp2", "distributed.shard=3")
+    assert done.returncode != 0 and not (tmp_path / "run").exists()
+    assert "does not fit 2 ranks; start torchrun with --nproc-per-node 3" in done.stderr
