@@ -23,8 +23,7 @@ from jax.sharding import Mesh
 from dh_jax import trackers
 from dh_jax.batch import Batch
 from dh_jax.config import RunConfig, TrainingConfig, load_data_config, weights_of
-from dh_jax.data.loader import Loader, get_loader
-from dh_jax.data.seeding import derive
+from dh_jax.data.loader import Loader
 from dh_jax.data.store import write_json
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.distributed.checkpoint import Checkpoints
@@ -37,7 +36,7 @@ from dh_jax.influence.optimizer import InfluenceAwareOptimizer, InfluenceState, 
 from dh_jax.mixing.registry import make_policy
 from dh_jax.models import decoder
 from dh_jax.ranking import rank_documents
-from dh_jax.runconfig import refuse_other_config, save_config
+from dh_jax.runconfig import refuse_other_config, save_config, training_loader
 from dh_jax.runlog import Listener, RunLog
 from dh_jax.sampling import Samplers
 from dh_jax.signals import stop_signals
@@ -145,12 +144,8 @@ def open_run(config: RunConfig, closing: ExitStack) -> Run:
     data, seed = config.data, config.training.seed
     tokenizer = TokenizerWrapper.load(data.tokenizer, add_bos=data.add_bos, add_eos=data.add_eos)
     policy = make_policy(config.mixing)
-    loader = get_loader(
-        data,
-        tokenizer=tokenizer,
-        batch_size=config.training.batch_size,
-        seed=derive(seed, "train"),
-        shard=(jax.process_index(), jax.process_count()),
+    loader = training_loader(
+        config, tokenizer=tokenizer, shard=(jax.process_index(), jax.process_count())
     )
     closing.enter_context(loader)
     samplers = None
@@ -282,7 +277,8 @@ def _loop(
                     f"the loss is {loss} at step {step}; resume from step {checkpoints.steps()} "
                     "with a lower training.learning_rate, in a new run"
                 )
-            if step % training.log_interval == 0 or step == training.steps:
+            # The first step too: its record holds the weights that the run began with.
+            if step % training.log_interval == 0 or step in (1, training.steps):
                 log.write(_train_record(step, metrics, learning_rate, loader))
             if optimizer.due(step):
                 with phase("reweight", step):

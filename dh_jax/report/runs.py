@@ -175,7 +175,7 @@ def load_run(folder: Path) -> Run:
         device=about.text("device"),
         sources=_sources(about, train),
         versions={k: str(v) for k, v in about.inner("versions").record.items()},
-        command=about.text("command") if "command" in about.record else None,
+        command=None if about.record.get("command") is None else about.text("command"),
         config=config,
         config_text=config_text,
         train=train,
