@@ -21,7 +21,7 @@ import optax
 from jax.sharding import Mesh
 
 from dh_jax import trackers
-from dh_jax.batch import Batch
+from dh_jax.batch import Batch, checksum
 from dh_jax.config import RunConfig, TrainingConfig, load_data_config, weights_of
 from dh_jax.data.loader import Loader
 from dh_jax.data.store import write_json
@@ -268,7 +268,8 @@ def _loop(
             step += 1
             learning_rate = float(schedule(step - 1))
             with phase("train", step):
-                batch = to_device(next(loader), run.mesh)
+                rows = next(loader)
+                batch = to_device(rows, run.mesh)
                 key = jax.random.fold_in(run.key, step)
                 params, state, metrics = train_step(params, state, batch, key)
                 loss = float(metrics.loss)
@@ -279,12 +280,12 @@ def _loop(
                 )
             # The first step too: its record holds the weights that the run began with.
             if step % training.log_interval == 0 or step in (1, training.steps):
-                log.write(_train_record(step, metrics, learning_rate, loader))
+                log.write(_train_record(step, metrics, learning_rate, loader, rows))
             if optimizer.due(step):
                 with phase("reweight", step):
-                    rows = samplers.draw("train") if samplers else {}
+                    samples = samplers.draw("train") if samplers else {}
                     probes = samplers.draw("probe") if samplers else {}
-                    state, move = optimizer.reweight(params, state, rows, probes, key)
+                    state, move = optimizer.reweight(params, state, samples, probes, key)
                 if (move.weights_M != move.previous_M).any():
                     loader.set_weights(by_source(loader, move.weights_M))
                     log.write(_reweight_record(step, move, loader))
@@ -308,7 +309,7 @@ def _loop(
 
 
 def _train_record(
-    step: int, metrics: StepMetrics, learning_rate: float, loader: Loader
+    step: int, metrics: StepMetrics, learning_rate: float, loader: Loader, rows: Batch
 ) -> dict[str, Any]:
     stats = loader.stats()
     return {
@@ -318,6 +319,8 @@ def _train_record(
         "grad_norm": float(metrics.grad_norm),
         "learning_rate": learning_rate,
         "tokens": stats["tokens"],
+        # Of one host's rows nothing can be told about the whole batch.
+        "batch": checksum(rows) if jax.process_count() == 1 else None,
         "weights": loader.weights,
         "loss_by_source": {
             name: float(loss)

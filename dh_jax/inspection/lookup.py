@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from dh_jax.config import DataConfig, FilesSource, SourceConfig
 from dh_jax.data.encoding import make_encoder
 from dh_jax.data.prepare import pipeline_fingerprint, text_sources
-from dh_jax.data.sources import Document, DocumentIterator, DocumentSource, split_of
+from dh_jax.data.sources import Document, DocumentSource, split_of
 from dh_jax.data.store import TokenStore, open_store
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.errors import DataError, UserError
@@ -121,7 +121,7 @@ def _read(
     source = DocumentSource(
         name, spec, split=None, splits=config.splits, shuffle=False, on_error="skip"
     )
-    with closing(cast(DocumentIterator, iter(source))) as documents:
+    with closing(iter(source)) as documents:
         for count, document in enumerate(documents):
             if document.id == document_id:
                 return document

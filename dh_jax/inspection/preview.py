@@ -6,7 +6,7 @@ import itertools
 import math
 from collections import Counter
 from contextlib import closing
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from dh_jax.config import SPLITS, DataConfig, SourceConfig
 from dh_jax.data.encoding import make_encoder
 from dh_jax.data.loader import get_loader
 from dh_jax.data.prepare import pipeline_fingerprint
-from dh_jax.data.sources import DocumentIterator, DocumentSource
+from dh_jax.data.sources import DocumentSource
 from dh_jax.data.store import TokenStore, open_store
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.errors import ConfigError
@@ -233,7 +233,7 @@ def _survey(
     encode = make_encoder(spec, config, tokenizer)
     counts: Counter[str] = Counter()
     lengths: list[int] = []
-    with closing(cast(DocumentIterator, iter(source))) as documents:
+    with closing(iter(source)) as documents:
         wanted = itertools.islice(documents, most)
         while group := list(itertools.islice(wanted, ENCODE_TOGETHER)):
             encoded = encode(group, counts)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from dh_jax.batch import Batch, Origins
+from dh_jax.batch import Batch, Origins, checksum
 from dh_jax.data.loader import Loader
 from dh_jax.distributed.checkpoint import read_host
 from dh_jax.errors import DataError, StateError, UserError
@@ -28,7 +28,7 @@ class Replay(NamedTuple):
     step: int
     steps: int  # that the run has logged
     since: int  # the checkpoint that the replay began at; 0: the start of the run
-    compared: int  # logged steps from there on that agreed; 0: none was logged
+    compared: int  # batches from there on whose checksum was logged and agrees
     weights: dict[str, float]  # in force for this batch
     names: tuple[str, ...]  # of the sources
     rows: list[DecodedRow]
@@ -85,6 +85,8 @@ def _explained(folder: Path) -> Iterator[None]:
     """Say of an error of the data that the run could once read it."""
     try:
         yield
+    except StopIteration:
+        raise StateError(f"the data of run {folder} ends before the run did") from None
     except UserError as error:
         raise type(error)(
             f"the data of run {folder} is no longer there as the run read it: {error} (paths are "
@@ -107,12 +109,10 @@ def _draw(
         if progress is not None:
             progress(now)
         with _explained(run.folder):  # a stream looks at its files when it is first read
-            batch = next(loader, None)
-        if batch is None:
-            raise StateError(f"the data ends before step {now}; it is not what the run read")
+            batch = next(loader)
         if now in logged:
-            _compare(loader, logged[now])
-            compared += 1
+            _compare(loader, batch, logged[now])
+            compared += logged[now].batch is not None
         if now in moves and now < step:
             loader.set_weights(moves[now])
     decoded = decode_rows(batch, loader.origins, loader.names, loader.tokenizer, rows)
@@ -134,16 +134,14 @@ def _first_weights(run: Run) -> dict[str, float]:
     return first.weights
 
 
-def _compare(loader: Loader, point: TrainPoint) -> None:
-    """Hold the loader against the log behind the batch of a logged step."""
-    tokens = {name: figures["tokens"] for name, figures in loader.stats()["sources"].items()}
+def _compare(loader: Loader, batch: Batch, point: TrainPoint) -> None:
+    """Hold a batch, and the weights it was drawn under, against the log."""
     for what, ours, theirs in (
         ("weights", loader.weights, point.weights),
-        ("tokens so far", tokens, point.tokens_by_source),
+        ("batch", checksum(batch), point.batch),
     ):
-        for name, value in theirs.items():
-            if ours.get(name) != value:
-                raise StateError(
-                    f"at step {point.step} the log has {what} {value} for source {name!r}, the "
-                    f"replay {ours.get(name)}; the data is not what the run read"
-                )
+        if theirs is not None and ours != theirs:
+            raise StateError(
+                f"at step {point.step} the log has {what} {theirs}, the replay {ours}; the data is "
+                "not what the run read"
+            )

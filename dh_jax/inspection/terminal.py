@@ -137,12 +137,16 @@ def print_found(found: Found, console: Console) -> None:
 def print_replay(replay: Replay, console: Console) -> None:
     """A run's batch: how it was made again, the weights in force, and its rows in full."""
     began = f"the checkpoint of step {replay.since}" if replay.since else "the start of the run"
-    agreed = f"{replay.compared:,} logged steps agree" if replay.compared else "nothing was logged"
+    agreed = (
+        f"on the way {replay.compared:,} batches agree with their checksums in the log"
+        if replay.compared
+        else "the log has no checksum to compare with"
+    )
     table = _facts(
         {
             "run": replay.run,
             "step": f"{replay.step:,} of {replay.steps:,}",
-            "replayed from": f"{began}; on the way {agreed}",
+            "replayed from": f"{began}; {agreed}",
             "weights": "  ".join(f"{name} {w:.4f}" for name, w in replay.weights.items()),
         }
     )

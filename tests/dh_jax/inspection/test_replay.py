@@ -154,12 +154,13 @@ def test_the_log_is_compared_on_the_way(run: Recorded) -> None:
     genuine = log.read_text()
     records = [json.loads(line) for line in genuine.splitlines()]
     (fifth,) = (r for r in records if r["kind"] == "train" and r["step"] == 5)
-    fifth["tokens_by_source"]["code"] += 1
+    genuine_sum, fifth["batch"] = fifth["batch"], "0" * 16
     try:
         log.write_text("".join(json.dumps(r) + "\n" for r in records))
-        with pytest.raises(StateError, match=r"at step 5 the log has tokens so far .* 'code'"):
+        with pytest.raises(StateError, match=f"at step 5 .*{'0' * 16}.*{genuine_sum}"):
             replay(run.folder, 6)
         # Weights before the first move that no record tells of are not guessed.
+        fifth["batch"] = None  # as several hosts leave it
         kept = [r for r in records if r["kind"] != "train" or r["step"] > 5]
         log.write_text("".join(json.dumps(r) + "\n" for r in kept))
         with pytest.raises(StateError, match="says nothing of the weights up to step 3"):
@@ -190,19 +191,19 @@ def test_data_that_is_gone_or_moved_or_changed_is_noticed(run: Recorded, tmp_pat
     swapped = "".join([*lines[1::2], *lines[::2]])  # the same size, another order
     if run.store is None:
         (run.corpus / "code.jsonl").write_text(swapped + '{"text": "new"}\n')
-        with pytest.raises(StateError, match="no longer there as the run read it.*has files"):
+        with pytest.raises(StateError, match=r"no longer there as the run read it.*has files"):
             replay(run.folder, 7)
         (run.corpus / "code.jsonl").write_text(swapped)
         with pytest.raises(StateError, match="the data is not what the run read"):
             replay(run.folder, 5)
         shutil.rmtree(run.corpus)
-        with pytest.raises(ConfigError, match="no longer there as the run read it.*no file"):
+        with pytest.raises(ConfigError, match=r"no longer there as the run read it.*no file"):
             replay(run.folder, 7)
     else:
         shutil.rmtree(run.corpus)
         moved = tmp_path / "elsewhere"
         run.store.rename(moved)
-        with pytest.raises(DataError, match="no longer there as the run read it.*--store"):
+        with pytest.raises(DataError, match=r"no longer there as the run read it.*--store"):
             replay(run.folder, 7)
         found = replay(run.folder, 7, store=str(moved))
         np.testing.assert_array_equal(found.batch.tokens_BT, run.batches[6].batch.tokens_BT)

@@ -72,7 +72,12 @@ def test_rows_that_only_fill_up_a_batch_are_not_shown(make_config: Any) -> None:
 
 
 def test_masked_turns_are_told_from_learnt_ones(smollm2: TokenizerWrapper) -> None:
-    turns = [("user", "Naïve: 2 + 2? 👩‍👩‍👧🏽"), ("assistant", "Four. 🙂"), ("user", "Ok"), ("assistant", "Bye")]
+    turns = [
+        ("user", "Naïve: 2 + 2? 👩‍👩‍👧🏽"),
+        ("assistant", "Four. 🙂"),
+        ("user", "Ok"),
+        ("assistant", "Bye"),
+    ]
     tokens: list[int] = []
     learnt: list[bool] = []
     for role, text in turns:
