@@ -144,31 +144,6 @@ def test_show_finds_a_document_that_inspect_named(
     assert ".jsonl:" not in capsys.readouterr().out
 
 
-def test_replay_prints_a_batch_or_says_what_is_missing(
-    data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "run"
-    small = ["model.width=16", "model.layers=1", "model.heads=1", "model.kv_heads=1"]
-    small += ["model.mlp_width=16", "training.steps=2", "training.batch_size=2"]
-    small += ["training.eval_rows=2", "training.checkpoint_interval=1"]
-    assert cli.main(["train", f"data={data_file}", *small, f"out={out}"]) == 0
-    capsys.readouterr()
-    assert cli.main(["replay", str(out), "--step", "2", "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert (said["step"], said["since"], said["compared"]) == (2, 1, 1)
-    assert said["weights"] == pytest.approx({"code": 0.5, "mail": 0.2, "sums": 0.3})
-    assert len(said["rows"]) == 2 and "batch" not in said
-    assert cli.main(["replay", str(out), "--step", "2", "--row", "1"]) == 0
-    shown = capsys.readouterr().out
-    for segment in said["rows"][1]["segments"]:
-        assert f"{segment['document']}  from token {segment['offset']:,}" in shown
-        assert "".join(span["text"] for span in segment["spans"]) in shown
-    for segment in said["rows"][0]["segments"]:
-        assert segment["document"] not in shown
-    assert cli.main(["replay", str(out), "--step", "3"]) == 2
-    assert "no step 3" in capsys.readouterr().err
-
-
 def test_help_is_quick_because_it_imports_nothing_heavy() -> None:
     program = (
         "import sys; from dh_jax import cli\n"

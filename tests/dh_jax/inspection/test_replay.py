@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from dh_jax import runconfig
+from dh_jax import cli, runconfig
 from dh_jax.batch import Batch, Origins
 from dh_jax.config import InfluenceConfig, MixingConfig, ModelConfig, RunConfig, TrainingConfig
 from dh_jax.data.loader import Loader
@@ -66,12 +66,13 @@ def record(config: RunConfig) -> list[Trained]:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What the first run compiles, the second one reads."""
+    """Compile in haste, and only once for both runs: here the data is of interest."""
     settings = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_disable_most_optimizations": True,
     }
-    before = {name: getattr(jax.config, name) for name in settings}
+    before = {name: jax.config.values[name] for name in settings}
     for name, value in settings.items():
         jax.config.update(name, value)
     yield
@@ -173,6 +174,28 @@ def test_the_log_is_compared_on_the_way(run: Recorded) -> None:
 def test_only_the_rows_asked_for_are_decoded(run: Recorded) -> None:
     (row,) = replay(run.folder, 2, rows=[3]).rows
     assert row == replay(run.folder, 2).rows[3]
+
+
+def test_the_command_prints_a_batch_for_people_or_machines(
+    run: Recorded, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["replay", str(run.folder), "--step", "10", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["step"], said["since"], said["compared"]) == (10, 8, 1)
+    assert said["weights"] == run.batches[9].weights and "batch" not in said
+    for row, trained in zip(said["rows"], run.batches[9].batch.tokens_BT, strict=True):
+        tokens = [token for segment in row["segments"] for token in segment["token_ids"]]
+        assert tokens == trained[: len(tokens)].tolist()
+    assert cli.main(["replay", str(run.folder), "--step", "10", "--row", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "1 batches agree with their checksums" in " ".join(shown.split())
+    for number, row in enumerate(said["rows"]):
+        for segment in row["segments"]:
+            label = f"{segment['document']}  from token {segment['offset']:,}"
+            text = "".join(span["text"] for span in segment["spans"])
+            assert (label in shown and text in shown) == (number == 1)
+    assert cli.main(["replay", str(run.folder), "--step", "12"]) == 2
+    assert "no step 12" in capsys.readouterr().err
 
 
 def test_what_the_run_does_not_have_is_one_line(run: Recorded, tmp_path: Path) -> None:
