@@ -138,7 +138,7 @@ def print_replay(replay: Replay, console: Console) -> None:
     """A run's batch: how it was made again, the weights in force, and its rows in full."""
     began = f"the checkpoint of step {replay.since}" if replay.since else "the start of the run"
     agreed = (
-        f"on the way {replay.compared:,} batches agree with their checksums in the log"
+        f"batches that agree with their checksums in the log: {replay.compared:,}"
         if replay.compared
         else "the log has no checksum to compare with"
     )

@@ -188,7 +188,7 @@ def test_the_command_prints_a_batch_for_people_or_machines(
         assert tokens == trained[: len(tokens)].tolist()
     assert cli.main(["replay", str(run.folder), "--step", "10", "--row", "1"]) == 0
     shown = capsys.readouterr().out
-    assert "1 batches agree with their checksums" in " ".join(shown.split())
+    assert "agree with their checksums in the log: 1" in " ".join(shown.split())
     for number, row in enumerate(said["rows"]):
         for segment in row["segments"]:
             label = f"{segment['document']}  from token {segment['offset']:,}"
