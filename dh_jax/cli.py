@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from dh_jax.errors import ConfigError, UserError
 
 OVERRIDES = "Hydra overrides: data=demo model=tiny mixing=influence training.steps=100 ..."
+JSON = "print JSON instead, for machines"
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -22,9 +24,11 @@ EXAMPLES = """examples:
   dh configs                                     what ships: data, models, policies, ...
   dh prepare data=demo                           tokenise a data config to disk
   dh inspect data=demo                           what it yields, with decoded rows
+  dh show 00c0ffee00c0ffee data=demo             where a document is, and its text
   dh train data=demo mixing=influence --dry-run  what a run would cost
   dh train data=demo mixing=influence out=runs/a
   dh train data=demo mixing=influence out=runs/a resume=true
+  dh replay runs/a --step 40                     what its batch at a step held
   dh report runs/a runs/b --out report.html
   dh demo                                        everything, on real text from packages
 """
@@ -75,6 +79,24 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--split", default="train", choices=("train", "probe", "eval"))
     sub.add_argument("--batches", type=int, default=8, help="batches drawn for the statistics")
     sub.add_argument("--rows", type=int, default=4, help="rows decoded")
+    sub.add_argument(
+        "--documents", type=int, default=1000, help="documents surveyed of each streamed source"
+    )
+    sub.add_argument("--html", type=Path, metavar="FILE", help="write it as one page instead")
+    sub.add_argument("--json", action="store_true", help=JSON)
+    sub = command("show", _show, "Find a document by its id, and show it.", overrides=False)
+    sub.add_argument("document", metavar="DOCUMENT_ID", help="16 hexadecimal digits")
+    sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+    sub.add_argument(
+        "--no-record", action="store_true", help="do not read the source to find its record"
+    )
+    sub.add_argument("--json", action="store_true", help=JSON)
+    sub = command("replay", _replay, "Show what a run's batch at a step held.", overrides=False)
+    sub.add_argument("folder", type=Path, metavar="RUN", help="folder of a run")
+    sub.add_argument("--step", type=int, required=True, help="training step, from 1")
+    sub.add_argument("--row", type=int, action="append", help="only this row; may be repeated")
+    sub.add_argument("--store", metavar="FOLDER", help="where the run's store is now")
+    sub.add_argument("--json", action="store_true", help=JSON)
     sub = command("report", _report, "Turn runs into one HTML page.", overrides=False)
     sub.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
     sub.add_argument("--out", type=Path, default=Path("report.html"))
@@ -119,10 +141,50 @@ def _prepare(options: argparse.Namespace) -> int:
 
 def _inspect(options: argparse.Namespace) -> int:
     run = _module("compose").compose_run(options.overrides)
-    found = _module("preview").preview(
-        run.data, split=options.split, batches=options.batches, rows=options.rows
-    )
-    _module("console").print_preview(found, _console())
+    found = _module("inspection.preview").preview(
+        run.data, split=options.split, batches=options.batches, rows=options.rows,
+        documents=options.documents,
+    )  # fmt: skip
+    if options.html is not None:
+        _module("inspection.page").write_preview(found, run.data, options.html)
+        print(options.html)
+    elif options.json:
+        print(_module("inspection.rows").to_json(found))
+    else:
+        _module("inspection.terminal").print_preview(found, _console())
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    run = _module("compose").compose_run(options.overrides)
+    lookup, rows = _module("inspection.lookup"), _module("inspection.rows")
+    document = rows.parse_document(options.document)
+    with _console(stderr=True).status("looking for the document") as status:
+
+        def progress(source: str, documents: int) -> None:
+            status.update(f"reading {source}: {documents:,} documents")
+
+        found = lookup.find_document(run.data, document, progress=progress)
+        if found.where is None and not options.no_record:
+            found = lookup.find_record(run.data, found, progress=progress)
+    if options.json:
+        print(rows.to_json(found))
+    else:
+        _module("inspection.terminal").print_found(found, _console())
+    return 0
+
+
+def _replay(options: argparse.Namespace) -> int:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the run may still hold the accelerator
+    with _console(stderr=True).status("reading the run") as status:
+        found = _module("inspection.replay").replay(
+            options.folder, options.step, store=options.store, rows=options.row,
+            progress=lambda step: status.update(f"replaying step {step:,} of {options.step:,}"),
+        )  # fmt: skip
+    if options.json:
+        print(_module("inspection.rows").to_json(found, without=("batch", "origins")))
+    else:
+        _module("inspection.terminal").print_replay(found, _console())
     return 0
 
 
@@ -156,8 +218,8 @@ def _module(name: str) -> Any:
     return importlib.import_module(f"dh_jax.{name}")
 
 
-def _console() -> Any:
-    return importlib.import_module("rich.console").Console()
+def _console(**settings: Any) -> Any:
+    return importlib.import_module("rich.console").Console(**settings)
 
 
 if __name__ == "__main__":

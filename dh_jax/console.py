@@ -1,4 +1,4 @@
-"""How runs, stores, previews and prices look in a terminal."""
+"""How runs, stores and prices look in a terminal; previews are in `inspection.terminal`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
-from rich.text import Text
 
 from dh_jax.data import prepare
 from dh_jax.data.store import TokenStore
-from dh_jax.preview import Preview
 from dh_jax.pricing import Price
-
-SEGMENT_STYLES = ("black on cyan", "black on yellow", "black on green", "black on magenta")
 
 
 class TrainProgress:
@@ -125,44 +121,6 @@ def print_store(store: TokenStore, console: Console) -> None:
         ]
         table.add_row(name, *counts, _reasons(store.manifest["skipped"].get(name, {})))
     console.print(table)
-
-
-def print_preview(preview: Preview, console: Console) -> None:
-    """Tables of counts and shares, then rows with each document in a colour of its own."""
-    if preview.documents:
-        table = Table("source", "split", title="documents")
-        for column in ("documents", "tokens", "bytes"):
-            table.add_column(column, justify="right")
-        for name, splits in preview.documents.items():
-            for split, counts in splits.items():
-                table.add_row(name, split, *(f"{counts[what]:,}" for what in counts))
-        console.print(table)
-    stats = preview.stats
-    table = Table("source", title="mixture, as drawn")
-    for column in ("weight", "share of tokens", "rows", "tokens"):
-        table.add_column(column, justify="right")
-    table.add_column("left out")
-    for name, source in stats["sources"].items():
-        left_out = preview.skipped.get(name, {}) | source["skipped"]
-        table.add_row(
-            name, f"{source['weight']:.3f}", f"{source['share']:.3f}", f"{source['rows']:,}",
-            f"{source['tokens']:,}", _reasons(left_out),
-        )  # fmt: skip
-    console.print(table)
-    console.print(
-        f"packing efficiency {stats['packing_efficiency']:.2%}   "
-        f"documents a row {preview.documents_a_row:.1f}   "
-        f"targets learnt {preview.trained_share:.2%} of tokens"
-    )
-    for row in preview.rows:
-        console.rule(f"{row.source}: {len(row.segments)} documents, {row.padding} padding")
-        text = Text()
-        for s, segment in enumerate(row.segments):
-            label = f" {segment.document_id:016x}+{segment.offset} ({segment.tokens} tokens) "
-            text.append(label, style="bold reverse")
-            excerpt = segment.text if len(segment.text) < 400 else segment.text[:400] + " [...]"
-            text.append(excerpt, style=SEGMENT_STYLES[s % len(SEGMENT_STYLES)])
-        console.print(text)
 
 
 def print_price(price: Price, console: Console) -> None:

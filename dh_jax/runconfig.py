@@ -1,4 +1,4 @@
-"""A run's config: checked, written once, and held against the config of a resumption."""
+"""A run's config (checked, written once, held against that of a resumption) and its data."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from dh_jax.config import RunConfig, TorchRunConfig, TrainingConfig
-from dh_jax.errors import ConfigError, StateError
+from dh_jax.config import RunConfig, TorchRunConfig, TrainingConfig, load_data_config, typed
+from dh_jax.data.loader import Loader, get_loader
+from dh_jax.data.seeding import derive
+from dh_jax.data.tokenization import TokenizerWrapper
+from dh_jax.errors import ConfigError, DataError, StateError
 
 MAY_CHANGE = {  # config keys that may differ between a run and its resumption
     "out", "resume", "data.prefetch", "training.keep", "training.checkpoint_interval",
@@ -42,6 +45,42 @@ def save_config(folder: Path, config: RunConfig | TorchRunConfig) -> None:
     partial = folder / ".config.yaml.partial"
     partial.write_text(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
     partial.replace(folder / "config.yaml")
+
+
+def load_config(folder: Path) -> RunConfig:
+    """Read the ``config.yaml`` that `save_config` wrote.
+
+    Raises:
+        DataError: there is none.
+        ConfigError: it says what this version does not know.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise DataError(f"{path}: missing; a run folder holds its config")
+    config = typed(RunConfig, OmegaConf.load(path), where=str(path))
+    return dataclasses.replace(config, data=load_data_config(config.data))
+
+
+def training_loader(
+    config: RunConfig,
+    *,
+    tokenizer: TokenizerWrapper | None = None,
+    shard: tuple[int, int] = (0, 1),
+    prefetch: int | None = None,
+) -> Loader:
+    """The loader that a run trains on, at its first batch, under the configured weights.
+
+    Raises:
+        ConfigError, DataError, StateError: as `get_loader`.
+    """
+    return get_loader(
+        config.data,
+        tokenizer=tokenizer,
+        batch_size=config.training.batch_size,
+        seed=derive(config.training.seed, "train"),
+        shard=shard,
+        prefetch=prefetch,
+    )
 
 
 def refuse_other_config(folder: Path, config: RunConfig) -> None:

@@ -21,7 +21,7 @@ import optax
 from jax.sharding import Mesh
 
 from dh_jax import trackers
-from dh_jax.batch import Batch
+from dh_jax.batch import Batch, checksum
 from dh_jax.config import (
     RunConfig,
     TrainingConfig,
@@ -29,8 +29,7 @@ from dh_jax.config import (
     validate_model,
     weights_of,
 )
-from dh_jax.data.loader import Loader, get_loader
-from dh_jax.data.seeding import derive
+from dh_jax.data.loader import Loader
 from dh_jax.data.store import write_json
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.distributed.checkpoint import Checkpoints
@@ -43,7 +42,7 @@ from dh_jax.influence.optimizer import InfluenceAwareOptimizer, InfluenceState, 
 from dh_jax.mixing.registry import make_policy
 from dh_jax.models import decoder
 from dh_jax.ranking import rank_documents
-from dh_jax.runconfig import check_training, refuse_other_config, save_config
+from dh_jax.runconfig import check_training, refuse_other_config, save_config, training_loader
 from dh_jax.runlog import Listener, RunLog
 from dh_jax.sampling import Samplers
 from dh_jax.signals import stop_signals
@@ -143,12 +142,8 @@ def open_run(config: RunConfig, closing: ExitStack) -> Run:
     data, seed = config.data, config.training.seed
     tokenizer = TokenizerWrapper.load(data.tokenizer, add_bos=data.add_bos, add_eos=data.add_eos)
     policy = make_policy(config.mixing)
-    loader = get_loader(
-        data,
-        tokenizer=tokenizer,
-        batch_size=config.training.batch_size,
-        seed=derive(seed, "train"),
-        shard=(jax.process_index(), jax.process_count()),
+    loader = training_loader(
+        config, tokenizer=tokenizer, shard=(jax.process_index(), jax.process_count())
     )
     closing.enter_context(loader)
     samplers = None
@@ -273,7 +268,8 @@ def _loop(
             step += 1
             learning_rate = float(schedule(step - 1))
             with phase("train", step):
-                batch = to_device(next(loader), run.mesh)
+                rows = next(loader)
+                batch = to_device(rows, run.mesh)
                 key = jax.random.fold_in(run.key, step)
                 params, state, metrics = train_step(params, state, batch, key)
                 loss = float(metrics.loss)
@@ -282,13 +278,14 @@ def _loop(
                     f"the loss is {loss} at step {step}; resume from step {checkpoints.steps()} "
                     "with a lower training.learning_rate, in a new run"
                 )
-            if step % training.log_interval == 0 or step == training.steps:
-                log.write(_train_record(step, metrics, learning_rate, loader))
+            # The first step too: its record holds the weights that the run began with.
+            if step % training.log_interval == 0 or step in (1, training.steps):
+                log.write(_train_record(step, metrics, learning_rate, loader, rows))
             if optimizer.due(step):
                 with phase("reweight", step):
-                    rows = samplers.draw("train") if samplers else {}
+                    samples = samplers.draw("train") if samplers else {}
                     probes = samplers.draw("probe") if samplers else {}
-                    state, move = optimizer.reweight(params, state, rows, probes, key)
+                    state, move = optimizer.reweight(params, state, samples, probes, key)
                 if (move.weights_M != move.previous_M).any():
                     loader.set_weights(by_source(loader, move.weights_M))
                     log.write(_reweight_record(step, move, loader))
@@ -312,7 +309,7 @@ def _loop(
 
 
 def _train_record(
-    step: int, metrics: StepMetrics, learning_rate: float, loader: Loader
+    step: int, metrics: StepMetrics, learning_rate: float, loader: Loader, rows: Batch
 ) -> dict[str, Any]:
     stats = loader.stats()
     return {
@@ -322,6 +319,8 @@ def _train_record(
         "grad_norm": float(metrics.grad_norm),
         "learning_rate": learning_rate,
         "tokens": stats["tokens"],
+        # Of one host's rows nothing can be told about the whole batch.
+        "batch": checksum(rows) if jax.process_count() == 1 else None,
         "weights": loader.weights,
         "loss_by_source": {
             name: float(loss)

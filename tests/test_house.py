@@ -35,7 +35,7 @@ FLOORS = {
     "dh_jax.distillation": 3,
     "dh_jax.influence.optimizer": 4,
     "dh_jax.evaluate": 4,
-    "dh_jax.preview": 4,
+    "dh_jax.inspection": 4,
     "dh_jax.pricing": 4,
     "dh_jax.ranking": 4,
     "dh_jax.report": 4,

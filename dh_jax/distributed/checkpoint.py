@@ -24,6 +24,28 @@ class Restored(NamedTuple):
     host: dict[str, Any]  # the JSON-able part
 
 
+class SavedHost(NamedTuple):
+    """The host state of one checkpoint."""
+
+    step: int
+    host: dict[str, Any]
+
+
+def read_host(folder: str | Path, *, before: int) -> SavedHost | None:
+    """The host state of the last checkpoint before a step; None if there is none.
+
+    Touches neither arrays nor devices nor the folder, so a run that is still going on, and its
+    accelerator, are left alone.
+    """
+    folder = Path(folder)
+    steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
+    step = max((step for step in steps if step < before), default=None)
+    if step is None:
+        return None
+    read = ocp.JsonCheckpointHandler().restore(folder.absolute() / str(step) / "host")
+    return SavedHost(step, json.loads(read["json"]))
+
+
 class Checkpoints:
     """The checkpoints of one run, newest last; a context manager.
 

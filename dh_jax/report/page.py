@@ -52,7 +52,7 @@ def write_report(folders: Sequence[Path], out: Path, *, title: str | None = None
     runs = [load_run(path) for path in paths]
     summary = finding.summarise(runs)
     out = Path(out)
-    _write(out / "report.html" if out.is_dir() else out, render(runs, summary, title))
+    write_page(out / "report.html" if out.is_dir() else out, render(runs, summary, title))
     return summary
 
 
@@ -198,7 +198,8 @@ def _hydra(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _write(path: Path, text: str) -> None:
+def write_page(path: Path, text: str) -> None:
+    """Write a page under a temporary name and move it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:

@@ -30,6 +30,7 @@ class TrainPoint(NamedTuple):
     tokens: int
     weights: dict[str, float]
     tokens_by_source: dict[str, float]
+    batch: str | None = None  # checksum, where one was logged
 
 
 class DomainLoss(NamedTuple):
@@ -175,7 +176,7 @@ def load_run(folder: Path) -> Run:
         device=about.text("device"),
         sources=_sources(about, train),
         versions={k: str(v) for k, v in about.inner("versions").record.items()},
-        command=about.text("command") if "command" in about.record else None,
+        command=about.optional("command"),
         config=config,
         config_text=config_text,
         train=train,
@@ -240,6 +241,7 @@ def _train(f: _Fields) -> TrainPoint:
         tokens=f.integer("tokens"),
         weights=f.numbers("weights"),
         tokens_by_source=f.numbers("tokens_by_source"),
+        batch=f.optional("batch"),
     )
 
 
@@ -375,6 +377,9 @@ class _Fields:
 
     def text(self, key: str) -> str:
         return self.get(key, str)
+
+    def optional(self, key: str) -> str | None:
+        return None if self.record.get(key) is None else self.text(key)
 
     def inner(self, key: str) -> _Fields:
         return _Fields(self.get(key, dict), f"{self.where}: {key!r}")

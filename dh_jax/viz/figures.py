@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator, PercentFormatter
 
 from dh_jax.viz import parts
 from dh_jax.viz.parts import Series
@@ -29,6 +29,14 @@ class Effect(NamedTuple):
     mean: float
     interval: tuple[float, float] | None
     strong: bool
+
+
+class Doublings(NamedTuple):
+    """A histogram over doublings: entry k counts what lies from 2^k to 2^(k+1) - 1."""
+
+    style: Style
+    bars: Sequence[float]  # shares, drawn as bars
+    steps: Sequence[float]  # other shares over the same bins, drawn as a stepped line
 
 
 def lines(
@@ -186,3 +194,46 @@ def strips(groups: Mapping[str, tuple[Style, Sequence[float]]], width: int, *, u
     ax.xaxis.set_major_locator(MaxNLocator(5 if width > 500 else 4))
     ax.set_xlabel(unit, fontsize=parts.SMALL, color=PAINT["muted"])
     return figure
+
+
+def histograms(
+    groups: Mapping[str, Doublings], width: int, columns: int, *, mark: float, unit: str
+) -> Figure:
+    """Small multiples of histograms over doublings, all on the same axes.
+
+    Args:
+        groups: name -> its histogram.
+        width: in CSS pixels.
+        columns: panels side by side.
+        mark: where a dashed line stands, in the unit of the bins.
+        unit: of the bins.
+    """
+    rows = -(-len(groups) // columns)
+    filled = [k for g in groups.values() for k in np.flatnonzero(g.bars).tolist()]
+    first, last = min(filled, default=0), max(filled, default=0)
+    figure, axes = parts.figure(width, 180 * rows, rows, columns, right=14, gap=(56, 84))
+    for ax, (name, group) in zip(axes, groups.items(), strict=False):
+        bars, steps = (np.zeros(last + 1) for _ in range(2))
+        bars[: len(group.bars)], steps[: len(group.steps)] = group.bars, group.steps
+        edges = np.arange(first, last + 2)
+        parts.heading(ax, name)
+        ax.bar(edges[:-1], bars[first:], width=0.92, align="edge", color=PAINT[group.style.colour],
+               zorder=2)  # fmt: skip
+        ax.stairs(steps[first:], edges, color=PAINT["ink"], linewidth=1.4, zorder=3, baseline=None)
+        ax.axvline(np.log2(mark), color=PAINT["muted"], linewidth=1.2, linestyle=(0, (5, 2)))
+        ax.set_xlim(first, last + 1)
+        ax.set_ylim(bottom=0)
+        ax.yaxis.set_major_locator(MaxNLocator(4))
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        ticks = edges[:: max(1, -(-len(edges) // 6))].tolist()
+        ax.xaxis.set_major_locator(FixedLocator(ticks))
+        ax.set_xticklabels([_power(k) for k in ticks])
+        ax.set_xlabel(unit, fontsize=parts.SMALL, color=PAINT["muted"])
+    for ax in axes[len(groups) :]:
+        ax.set_visible(False)
+    return figure
+
+
+def _power(k: int) -> str:
+    """2^k as it is spoken of: 512, 4k, 128k, 1M."""
+    return next(f"{2 ** (k - n)}{s}" for n, s in ((20, "M"), (10, "k"), (0, "")) if k >= n)

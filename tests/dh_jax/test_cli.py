@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,9 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["--help"])
     assert exit_code.value.code == 0
     said = capsys.readouterr().out
-    for command in ("train", "prepare", "inspect", "report", "configs", "demo"):
+    for command in (
+        "train", "prepare", "inspect", "show", "replay", "report", "configs", "demo",
+    ):  # fmt: skip
         assert f"dh {command}" in said
 
 
@@ -41,7 +45,7 @@ def test_inspect_shows_shares_packing_and_rows(
 ) -> None:
     assert cli.main(["inspect", f"data={data_file}", "--batches", "3"]) == 0
     said = capsys.readouterr().out
-    assert "packing efficiency 100.00%" in said and said.count("(64 tokens)") == 4
+    assert "packing efficiency 100.00%" in said and said.count("64 tokens, 0 padding") == 4
     texts = [
         json.loads(line)["text"] for p in corpora.values() for line in p.read_text().splitlines()
     ]
@@ -104,3 +108,52 @@ def test_a_mistake_is_one_line_with_exit_code_2(
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and "Traceback" not in error
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+# --- looking at data -------------------------------------------------------------------------
+
+
+def test_inspect_writes_a_page_or_json(
+    data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "new" / "page.html"
+    arguments = ["inspect", f"data={data_file}", "--batches", "1", "--rows", "1"]
+    assert cli.main([*arguments, "--html", str(page)]) == 0
+    assert capsys.readouterr().out.strip() == str(page)
+    assert page.read_text().rstrip().endswith("</html>")
+    assert cli.main([*arguments, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["packing_efficiency"] == 1 and len(said["rows"]) == 1
+    assert set(said["sources"]) == {"code", "mail", "sums"}
+
+
+def test_show_finds_a_document_that_inspect_named(
+    data_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["inspect", f"data={data_file}", "--batches", "1", "--json"]) == 0
+    segment = json.loads(capsys.readouterr().out)["rows"][0]["segments"][0]
+    assert cli.main(["show", segment["document"], f"data={data_file}"]) == 0
+    said = capsys.readouterr().out
+    assert segment["document"] in said and ".jsonl:" in said.replace("\n", "")
+    assert cli.main(["show", f"0x{segment['document']}", f"data={data_file}", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    offset = segment["offset"]
+    piece = found["token_ids"][offset : offset + len(segment["token_ids"])]
+    assert piece == segment["token_ids"] and ".jsonl:" in found["where"]
+    assert cli.main(["show", segment["document"], f"data={data_file}", "--no-record"]) == 0
+    assert ".jsonl:" not in capsys.readouterr().out
+
+
+def test_help_is_quick_because_it_imports_nothing_heavy() -> None:
+    program = (
+        "import sys; from dh_jax import cli\n"
+        "for words in [[], ['inspect'], ['show'], ['replay'], ['train']]:\n"
+        "    try: cli.main([*words, '--help'])\n"
+        "    except SystemExit: pass\n"
+        "heavy = 'jax numpy grain hydra omegaconf rich numba tokenizers datasets pyarrow'\n"
+        "print('imported:', [m for m in heavy.split() if m in sys.modules])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.rstrip().endswith("imported: []")

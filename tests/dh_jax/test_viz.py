@@ -158,3 +158,20 @@ def test_drawing_imports_no_pyplot_and_no_jax() -> None:
     code = "import sys, dh_jax.viz; print({'matplotlib.pyplot', 'jax'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_histograms_show_both_shares_on_the_same_doublings() -> None:
+    short = viz.Doublings(STYLE, [0, 0, 0.5, 0.25, 0.25], [0, 0, 0.2, 0.3, 0.5])
+    long = viz.Doublings(STYLE, [0] * 11 + [1.0], [0] * 11 + [1.0])
+    figure = viz.histograms({"a": short, "b": long}, 800, 2, mark=96, unit="tokens")
+    for ax, group in zip(figure.axes, (short, long), strict=True):
+        bars, line = ax.patches[:-1], ax.patches[-1]
+        assert [bar.get_x() for bar in bars] == list(range(2, 12))
+        heights = [*group.bars, *[0] * 12][2:12]
+        assert [bar.get_height() for bar in bars] == heights
+        values, edges, _ = line.get_data()  # type: ignore[attr-defined]
+        assert list(values) == [*group.steps, *[0] * 12][2:12] and list(edges) == list(range(2, 13))
+        assert ax.get_lines()[0].get_xdata()[0] == np.log2(96)  # type: ignore[index]
+        assert ax.get_xlim() == (2, 12)
+        labels = [label.get_text() for label in ax.get_xticklabels()]
+        assert labels == ["4", "16", "64", "256", "1k", "4k"]

@@ -117,3 +117,11 @@ def test_throughput_is_tokens_over_seconds_of_the_same_steps(run_folder: Path) -
     x, y = throughput(load_run(run_folder))
     np.testing.assert_allclose(x, TOKENS_A_STEP * np.arange(2, 21))
     np.testing.assert_allclose(y, TOKENS_A_STEP / np.array(spent[1:]))
+
+
+def test_what_a_run_may_leave_open_is_none(run_folder: Path) -> None:
+    """A run that was not started from a command line; a batch without a checksum."""
+    path = run_folder / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "command": None}))
+    run = load_run(run_folder)
+    assert run.command is None and run.train[0].batch is None
