@@ -41,7 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 done, 2 the user's mistake, 130 interrupted (the run can be resumed).
     """
     parser = build_parser()
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes positional arguments in one stretch only, so those behind an option
+    # (`dh inspect --rows 3 data=demo`) are left over.
+    if unknown := [word for word in rest if word.startswith("-") or "overrides" not in options]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
     try:
         return int(options.run(options))
     except UserError as error:

@@ -193,7 +193,7 @@ def _mixture(runs: Mapping[str, list[Run]]) -> Iterator[tuple[str, Drawing]]:
                     weights, width, _height(width), heading="weight in the mixture", scale="share"
                 ),
             )
-        moved = [run for run in group if run.reweights]
+        moved = [run for run in group if any(p.influence for p in run.reweights)]
         if moved:
             helpful = [
                 viz.Series(source, styles[source], curves)

@@ -54,7 +54,7 @@ class ReweightPoint(NamedTuple):
     step: int
     influence: dict[str, float]
     weights: dict[str, float]
-    coverage: float
+    coverage: float | None  # None, and no influence, where the policy measures none
 
 
 class PhaseTime(NamedTuple):
@@ -259,9 +259,9 @@ def _eval(f: _Fields) -> EvalPoint:
 def _reweight(f: _Fields) -> ReweightPoint:
     return ReweightPoint(
         step=f.integer("step"),
-        influence=f.numbers("influence"),
+        influence=f.numbers("influence") if "influence" in f.record else {},
         weights=f.numbers("weights"),
-        coverage=f.number("coverage"),
+        coverage=f.number("coverage") if "coverage" in f.record else None,
     )
 
 

@@ -117,7 +117,7 @@ def test_inspect_writes_a_page_or_json(
     data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = tmp_path / "new" / "page.html"
-    arguments = ["inspect", f"data={data_file}", "--batches", "1", "--rows", "1"]
+    arguments = ["inspect", "--batches", "1", f"data={data_file}", "--rows", "1"]
     assert cli.main([*arguments, "--html", str(page)]) == 0
     assert capsys.readouterr().out.strip() == str(page)
     assert page.read_text().rstrip().endswith("</html>")
