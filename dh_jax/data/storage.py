@@ -124,11 +124,15 @@ def _list_remote(name: str, url: str, include: str, storage: Storage) -> list[Fo
 def _infos(fs: Any, path: str, include: str) -> tuple[str, dict[str, Any]]:
     """The root of a pattern and what lies there, by full path."""
     if _magic(path) < len(path):
-        return path[: _magic(path)].rpartition("/")[0], fs.glob(path, detail=True)
-    info = fs.info(path)
-    if info["type"] == "file":
-        return path.rpartition("/")[0], {path: info}
-    return path.rstrip("/"), fs.glob(f"{path.rstrip('/')}/{include}", detail=True)
+        root, infos = path[: _magic(path)].rpartition("/")[0], fs.glob(path, detail=True)
+    elif (info := fs.info(path))["type"] == "file":
+        root, infos = path.rpartition("/")[0], {path: info}
+    else:
+        root, infos = path.rstrip("/"), fs.glob(f"{path.rstrip('/')}/{include}", detail=True)
+    for full, info in infos.items():
+        if info["type"] == "file" and info.get("size") is None:  # a listing that is links
+            infos[full] = fs.info(full)
+    return root, infos
 
 
 def _file_system(url: str, storage: Storage) -> tuple[Any, str]:
