@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from typing import Any, BinaryIO, NamedTuple
 
@@ -329,14 +329,12 @@ def _first_line(error: Exception) -> str:
 
 def _read_array_record(piece: Piece, storage: Storage, row: int, text: bool) -> Steps:
     """Records of JSON objects, or of plain text. The reader needs a local file."""
-    from array_record.python.array_record_module import ArrayRecordReader
-
     parse: Callable[[bytes], Any] = decode if text else parse_json
     path = piece.path
     try:
         with (
             local_copy(path, piece.size, storage) as local,
-            closing(ArrayRecordReader(local, "readahead_buffer_size:0")) as reader,
+            _array_record(local) as reader,
         ):
             if not reader.ok():  # its index is at the end
                 os.stat(local)  # the reader says the same of a file that is not there
@@ -350,6 +348,18 @@ def _read_array_record(piece: Piece, storage: Storage, row: int, text: bool) -> 
                     row += 1
     except (RuntimeError, OSError) as error:
         yield _spoilt(error, "ArrayRecord", path, row)
+
+
+@contextmanager
+def _array_record(path: str) -> Iterator[Any]:
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    reader = ArrayRecordReader(path, "readahead_buffer_size:0")
+    try:
+        yield reader
+    finally:
+        with suppress(RuntimeError):  # says once more what a read has said
+            reader.close()
 
 
 def _read_records(reader: Any, begin: int, end: int) -> Iterator[bytes]:

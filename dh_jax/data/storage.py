@@ -11,7 +11,7 @@ import glob
 import io
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -231,8 +231,3 @@ class RemoteFile(io.RawIOBase):
         if len(block) < end - start:  # a connection cut short, or the file has shrunk
             raise ConnectionError(f"{len(block)} of {end - start} bytes came")
         return block
-
-
-def sizes_of(files: Sequence[Found]) -> str:
-    """A listing of names and sizes, to notice that files have changed."""
-    return "\n".join(f"{file.name}\t{file.size}" for file in files)
