@@ -21,7 +21,9 @@ from dh_jax.data.retry import NetworkFault, patiently
 from dh_jax.errors import ConfigError, DataError
 
 LOCAL_BLOCK = 1 << 18  # bytes of a local file read at once
-REMOTE_BLOCK = 1 << 22  # and of a remote one: a request's latency should not show
+REMOTE_BLOCK = 1 << 22  # and of a remote one, at most: a request's latency should not show
+REMOTE_LEAST = 1 << 18
+AHEAD = 1 << 26  # bytes read ahead in all the pieces of a source that are open at once
 
 
 class Found(NamedTuple):
@@ -37,10 +39,12 @@ class Storage(NamedTuple):
 
     options: Mapping[str, Any]  # may hold secrets: never shown
     retry: RetryConfig
+    block: int  # bytes of a remote file read at once
 
     @classmethod
     def of(cls, spec: FilesSource) -> Storage:
-        return cls(spec.storage_options, spec.retry)
+        block = min(REMOTE_BLOCK, max(REMOTE_LEAST, AHEAD // spec.interleave))
+        return cls(spec.storage_options, spec.retry, block)
 
 
 def is_remote(path: str) -> bool:
@@ -162,7 +166,7 @@ def open_blocks(path: str, size: int, storage: Storage) -> BinaryIO:
     """A file to be read from front to back in large blocks."""
     if not is_remote(path):
         return open(path, "rb", buffering=LOCAL_BLOCK)
-    return io.BufferedReader(RemoteFile(path, size, storage), REMOTE_BLOCK)
+    return io.BufferedReader(RemoteFile(path, size, storage), storage.block)
 
 
 def open_random(path: str, size: int, storage: Storage) -> BinaryIO | str:
@@ -178,7 +182,7 @@ def local_copy(path: str, size: int, storage: Storage) -> Iterator[str]:
         return
     with tempfile.NamedTemporaryFile(prefix="dh-") as copied:
         with open_blocks(path, size, storage) as file:
-            while block := file.read(REMOTE_BLOCK):
+            while block := file.read(storage.block):
                 copied.write(block)
         copied.flush()
         yield copied.name
@@ -191,6 +195,8 @@ class RemoteFile(io.RawIOBase):
         super().__init__()
         self._fs, self._path = _file_system(url, storage)
         self._url, self._size, self._retry = url, size, storage.retry
+        # The hub's file system reads ahead on its own, five megabytes for every block of ours.
+        self._plain = {"cache_type": "none"} if url.startswith("hf://") else {}
         self._at = 0
 
     def readable(self) -> bool:
@@ -221,7 +227,7 @@ class RemoteFile(io.RawIOBase):
         return len(block)
 
     def _fetch(self, start: int, end: int) -> bytes:
-        block: bytes = self._fs.cat_file(self._path, start=start, end=end)
+        block: bytes = self._fs.cat_file(self._path, start=start, end=end, **self._plain)
         if len(block) > end - start:
             raise NetworkFault(
                 f"the server ignores byte ranges (asked for {end - start} bytes, got "
