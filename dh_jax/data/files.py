@@ -70,6 +70,8 @@ class FileReader:
         self._piece, self._columns, self._storage = piece, columns, storage
         self._kind = kind_of(piece.path, format)
         self._deal = piece.parts > 1 and not is_ranged(piece, self._kind)
+        self._offset: int
+        self._row: int
         self._offset, self._row = cursor or (0, 0)
         self._steps: Steps | None = None
 

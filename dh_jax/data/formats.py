@@ -259,8 +259,8 @@ def _read_arrow(piece: Piece, columns: Sequence[str], storage: Storage, start: i
                 there = batch.schema.names
                 lacking = next((name for name in columns if name not in there), None)
                 if lacking is not None:
-                    load = partial(fail, missing_column(lacking, there))
-                    loads: Iterator[Callable[[], Any]] = (load for _ in range(at, row))
+                    absent: Callable[[], Any] = partial(fail, missing_column(lacking, there))
+                    loads: Iterator[Callable[[], Any]] = (absent for _ in range(at, row))
                 else:
                     chosen = batch.select(list(columns)).slice(at - row + batch.num_rows)
                     loads = (

@@ -11,9 +11,11 @@ from typing import Any
 
 from dh_jax.config import HubSource
 from dh_jax.data.pieces import Cursor, Piece, parts_of
-from dh_jax.data.records import Record
-from dh_jax.data.retry import chain_of, is_passing, patiently, status_of
+from dh_jax.data.records import Fault, Record, fail
+from dh_jax.data.retry import chain_of, is_network_fault, is_passing, patiently, status_of
 from dh_jax.errors import DataError
+
+FINISHED = -1  # the row of a file that cannot be read any further
 
 
 class HubShelf:
@@ -30,7 +32,7 @@ class HubShelf:
     """
 
     def __init__(self, name: str, spec: HubSource, pieces: Sequence[Piece] | None = None) -> None:
-        self._name, self._spec, self._given = name, spec, pieces
+        self._spec, self._given = spec, pieces
         self._dataset, self._files = _open(name, spec)
 
     def pieces(self, count: int) -> list[Piece]:
@@ -50,7 +52,7 @@ class HubShelf:
 
     def read(self, piece: Piece, cursor: Cursor | None) -> HubReader:
         file = self._dataset.shard(num_shards=self._dataset.num_shards, index=piece.file)
-        return HubReader(self._name, self._spec, file, piece, cursor)
+        return HubReader(self._spec, file, piece, cursor)
 
     def identity(self) -> dict[str, str]:
         """The files' addresses hold the commit, so a data set that changed is noticed."""
@@ -64,26 +66,28 @@ class HubReader:
     """The records of one piece; see `pieces.PieceReader`. Its cursor is the row and the state of
     the data set that `datasets` goes on from."""
 
-    def __init__(
-        self, name: str, spec: HubSource, file: Any, piece: Piece, cursor: Cursor | None
-    ) -> None:
-        self._name, self._spec, self._file, self._piece = name, spec, file, piece
+    def __init__(self, spec: HubSource, file: Any, piece: Piece, cursor: Cursor | None) -> None:
+        self._spec, self._file, self._piece = spec, file, piece
+        self._row: int
+        self._saved: str
         self._row, self._saved = cursor or (0, "")
         self._rows: Iterator[Mapping[str, Any]] | None = None
 
     def __next__(self) -> Record:
-        while (columns := self._columns()) is not None:
+        while self._row != FINISHED:
+            where = f"{self._piece.name}:row {self._row}"
+            try:  # after a network fault, again from the last row's state
+                columns = patiently(self._advance, self._spec.retry, self._piece.name)
+            except Exception as error:  # httpx, fsspec, pyarrow and datasets raise what they like
+                reason = "unreadable_file" if is_network_fault(error) else "corrupt_file"
+                self._row = FINISHED
+                return Record(partial(fail, Fault(reason, explain(self._spec, error))), where)
+            if columns is None:
+                break
             self._row += 1
             if (self._row - 1) % self._piece.parts == self._piece.part:
-                return Record(partial(_given, columns), f"{self._piece.name}:row {self._row - 1}")
+                return Record(partial(_given, columns), where)
         raise StopIteration
-
-    def _columns(self) -> Mapping[str, Any] | None:
-        """The next row, after a network fault read again from the last row's state."""
-        try:
-            return patiently(self._advance, self._spec.retry, self._piece.name)
-        except Exception as error:  # httpx, fsspec, pyarrow and datasets raise what they like
-            raise explained(self._name, self._spec, error) from error
 
     def _advance(self) -> Mapping[str, Any] | None:
         try:
@@ -135,12 +139,12 @@ def _open(name: str, spec: HubSource) -> tuple[Any, list[str]]:
     try:
         builder, dataset = patiently(build, spec.retry, spec.path)
     except Exception as error:  # httpx, fsspec, pyarrow and datasets raise what they like
-        raise explained(name, spec, error) from error
+        raise DataError(f"source {name!r}: {explain(spec, error)}") from error
     files = (builder.config.data_files or {}).get(spec.hub_split, [])
     return dataset, [str(file) for file in files]
 
 
-def explained(name: str, spec: HubSource, error: BaseException) -> DataError:
+def explain(spec: HubSource, error: BaseException) -> str:
     """One line that says what the hub refused and what to do about it."""
     import huggingface_hub
 
@@ -168,6 +172,4 @@ def explained(name: str, spec: HubSource, error: BaseException) -> DataError:
     else:
         cure = "cannot be read; check name, hub_split and data_files"
     what = f"{spec.path} ({spec.name})" if spec.name else spec.path
-    return DataError(
-        f"source {name!r}: data set {what} at HF_ENDPOINT {endpoint}: {cure} [{said[:300]}]"
-    )
+    return f"data set {what} at HF_ENDPOINT {endpoint}: {cure} [{said[:300]}]"

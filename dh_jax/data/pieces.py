@@ -132,7 +132,7 @@ class Turns:
                 raise StopIteration
             self._turn %= len(self._slots)
             _, reader = self._slots[self._turn]
-            record = next(reader, None)  # type: ignore[call-overload]
+            record = next(reader, None)
             if record is not None:
                 self._turn += 1
                 return record

@@ -36,7 +36,7 @@ class NetworkFault(OSError):
 
     def __init__(self, message: str, *, passing: bool) -> None:
         super().__init__(message)
-        self.passing = passing  # it may be readable later: stop and resume rather than skip
+        self.passing = passing  # it may be readable later
 
 
 def patiently(action: Callable[[], T], retry: RetryConfig, what: str) -> T:

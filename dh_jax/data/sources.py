@@ -143,7 +143,7 @@ class DocumentSource(grain.IterDataset[Document]):
             )
         needed_columns(spec.text)  # refuses a bad template here rather than at the first document
         self.name, self.spec, self.split, self.splits = name, spec, split, splits
-        self.seed, self.epoch, self.shard, self.shuffle = seed, epoch, tuple(shard), shuffle
+        self.seed, self.epoch, self.shard, self.shuffle = seed, epoch, shard, shuffle
         self.on_error, self.pieces = on_error, pieces
 
     def __iter__(self) -> DocumentIterator:

@@ -265,6 +265,28 @@ def test_a_hub_that_answers_late_leaves_no_trace(hub: Hub, status: int) -> None:
     assert hub.mirror.orders == []
 
 
+def test_the_files_of_a_hub_are_read_by_their_addresses(hub: Hub) -> None:
+    _, texts = faulty(hub.mirror)
+    root = hub.mirror.root / "org" / "lines"
+    root.mkdir(exist_ok=True)
+    raw = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:30]).encode()
+    (root / "a.jsonl").write_bytes(raw)
+    (root / "b.jsonl.zst").write_bytes(zstandard.compress(raw))
+    for paths, expected in (
+        ("org/long/*.parquet", texts),
+        ("org/lines", TEXTS[:30] * 2),
+        ("org/lines/a.jsonl", TEXTS[:30]),
+    ):
+        spec = {"kind": "files", "paths": [f"hf://datasets/{paths}"]}
+        answer = hub.ask({"spec": spec, "shuffle": False, "resume": True})
+        assert [d[0] for d in answer["documents"]] == expected
+        assert answer["rests"][7] == answer["documents"][7:]
+    hub.mirror.orders[:] = [503] * 7
+    assert len(hub.ask({"spec": spec, "take": 99})["documents"]) == 30
+    missing = {"kind": "files", "paths": ["hf://datasets/org/lines/absent.jsonl"]}
+    assert "not found" in hub.ask({"spec": missing})["message"]
+
+
 @pytest.mark.parametrize(
     ("status", "words"), [(500, "answered 500 again and again"), (404, "not found")]
 )
@@ -283,9 +305,22 @@ def test_a_hub_that_fails_for_good_is_one_line_and_its_state_goes_on_later(
     finally:
         hub.mirror.failing = None
     assert failed["error"] == "DataError"
+    assert "on_error: skip" in failed["message"]
     assert words in failed["message"] and "\n" not in failed["message"]
     rest = hub.ask(job | {"take": 100, "state": first["state"]})
     assert [d[0] for d in first["documents"] + rest["documents"]] == texts
+
+
+def test_a_file_of_a_hub_that_stays_unreadable_is_skipped_and_counted_on_request(hub: Hub) -> None:
+    job, texts = faulty(hub.mirror)
+    first = hub.ask(job | {"take": 38, "on_error": "skip"})["documents"]
+    hub.mirror.failing = 500
+    try:
+        rest = hub.ask({"take": 100})
+    finally:
+        hub.mirror.failing = None
+    assert [d[0] for d in first + rest["documents"]] == texts[:40]
+    assert rest["skipped"] == {"unreadable_file": 1}
 
 
 def test_a_hub_killed_under_way_is_an_error_and_the_state_goes_on_after_its_return(
