@@ -190,8 +190,11 @@ def _read_parquet(piece: Piece, columns: Sequence[str], storage: Storage, row: i
         opened = open_random(path, piece.size, storage)
         file = pq.ParquetFile(opened, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:  # the index is at the end, so nothing is readable
-        reason = "unreadable_file" if isinstance(error, OSError) else "truncated_file"
-        yield _only(reason, f"not a whole Parquet file ({_first_line(error)})", path, row)
+        if isinstance(error, OSError):
+            yield _only("unreadable_file", f"cannot be read ({_first_line(error)})", path, row)
+        else:
+            said = f"not a whole Parquet file ({_first_line(error)})"
+            yield _only("truncated_file", said, path, row)
         return
     with file:
         begin, end = _parquet_range(file, piece)

@@ -95,6 +95,24 @@ def test_a_server_that_stays_broken_is_one_line_or_counted(web: FileServer) -> N
     assert documents.skipped == {"unreadable_file": 1}
 
 
+@pytest.mark.parametrize(("name", "requests_before"), [("d.parquet", 0), ("d.parquet", 2)])
+def test_a_table_whose_server_fails_is_unreadable_not_damaged(
+    web: FileServer, name: str, requests_before: int
+) -> None:
+    class Failing(list):  # type: ignore[type-arg]
+        """Lets some requests through and refuses all others."""
+
+        def __bool__(self) -> bool:
+            return True
+
+        def pop(self, index: int = 0) -> Any:  # type: ignore[override]
+            return super().pop(index) if len(self) else (500, {})
+
+    web.orders = Failing([""] * requests_before)
+    with pytest.raises(DataError, match=r"cannot be read \(.*answer 500 after 4 attempts"):
+        list(remote(f"{web.url}/{name}"))
+
+
 def test_an_answer_that_will_not_change_is_not_asked_for_again(web: FileServer) -> None:
     for status, words in ((403, "access denied .403.*credentials"), (404, "not found .404")):
         web.orders[:] = [(status, {}), (200, {})]
