@@ -107,7 +107,8 @@ class DocumentSource(grain.IterDataset[Document]):
         shard: (index, count).
         shuffle: whether pieces are read in another order at every epoch, and several in turn.
         on_error: ``raise``, or ``skip`` to count bad records by reason in ``skipped``.
-        pieces: read these, of `list_pieces`, rather than the whole source.
+        pieces: read these, of `list_pieces`, rather than the whole source; that they hold no
+            document is then no error.
 
     Raises:
         ConfigError: the source can hold no document of this split.
@@ -204,8 +205,8 @@ class DocumentIterator(grain.DatasetIterator[Document]):
             if document is not None:
                 self._yielded += 1
                 return document
-        # A run that goes on with more hosts may have nothing left for some of them.
-        if not self._yielded and not self._history:
+        # Chosen pieces may be empty, and so may a host's share of what earlier runs have left.
+        if not self._yielded and not self._history and self._source.pieces is None:
             raise DataError(self._nothing())
         raise StopIteration
 
