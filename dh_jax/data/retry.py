@@ -29,6 +29,7 @@ DROPPED = frozenset(
     }
 )
 DENIED = frozenset({401, 403})
+WITHOUT_KEYS = frozenset({"NoCredentialsError", "PartialCredentialsError"})  # botocore
 
 
 class NetworkFault(OSError):
@@ -74,7 +75,7 @@ def wait_before(attempt: int, retry: RetryConfig, error: BaseException) -> float
 def is_network_fault(error: BaseException) -> bool:
     """Whether a server or the way to it is to blame."""
     kinds = (FileNotFoundError, PermissionError)
-    found = any(isinstance(link, kinds) for link in chain_of(error))
+    found = any(isinstance(link, kinds) for link in chain_of(error)) or _without_keys(error)
     return found or is_passing(error) or status_of(error) is not None
 
 
@@ -95,7 +96,9 @@ def explain_fault(error: BaseException, what: str, attempts: int) -> str:
     status = status_of(error)
     chain = list(chain_of(error))
     said = " ".join(str(error).split())[:200] or type(error).__name__
-    if status in DENIED or any(isinstance(link, PermissionError) for link in chain):
+    if _without_keys(error):
+        cure = "no credentials; set storage_options (key, secret; or anon: true) or log in"
+    elif status in DENIED or any(isinstance(link, PermissionError) for link in chain):
         cure = f"access denied ({status or 403}); check storage_options or your credentials"
     elif status in (404, 410) or any(isinstance(link, FileNotFoundError) for link in chain):
         cure = f"not found ({status or 404}); check the path"
@@ -108,6 +111,10 @@ def explain_fault(error: BaseException, what: str, attempts: int) -> str:
     else:
         cure = f"refused ({status}); check the path and storage_options"
     return f"{what}: {cure} [{said}]"
+
+
+def _without_keys(error: BaseException) -> bool:
+    return any(type(link).__name__ in WITHOUT_KEYS for link in chain_of(error))
 
 
 def chain_of(error: BaseException) -> Iterator[BaseException]:

@@ -221,6 +221,19 @@ def test_a_denied_bucket_is_one_line(bucket: Bucket) -> None:
     assert "\n" not in message and "s3cret" not in message
 
 
+def test_a_bucket_without_credentials_says_so(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    keys = {"endpoint_url": bucket.options["endpoint_url"]}
+    with pytest.raises(DataError, match=r"no credentials; set storage_options.*anon"):
+        list(remote("s3://corpus/all/a.jsonl", storage_options=keys))
+
+
 def test_a_bucket_killed_under_way_gives_exactly_the_rest_after_a_restart(
     bucket: Bucket, small_blocks: None
 ) -> None:
