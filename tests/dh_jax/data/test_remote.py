@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from array_record.python.array_record_module import ArrayRecordWriter
 from moto.server import ThreadedMotoServer
 
 from dh_jax.config import public_spec, source_config
@@ -56,6 +57,27 @@ def test_a_web_server_gives_the_same_documents_as_the_disk(web: FileServer) -> N
         assert [(d.text, d.id) for d in there] == [(d.text, d.id) for d in local]
         assert there[3].where == local[3].where.replace(f"{web.root}", web.url)
     assert texts_of(remote(f"{web.url}/*.json*", shuffle=False)) == TEXTS[:20] + TEXTS[40:50]
+
+
+def test_arrow_and_array_record_files_come_over_the_web_too(
+    web: FileServer, small_blocks: None
+) -> None:
+    table = pa.table({"text": TEXTS})
+    with pa.ipc.new_stream(f"{web.root}/s.arrow", table.schema) as stream:
+        stream.write_table(table, max_chunksize=7)
+    with pa.ipc.new_file(f"{web.root}/f.arrow", table.schema) as file:
+        file.write_table(table, max_chunksize=7)
+    writer = ArrayRecordWriter(f"{web.root}/r.array_record", "group_size:4")
+    for text in TEXTS:
+        writer.write(json.dumps({"text": text}).encode())
+    writer.close()
+    for name in ("s.arrow", "f.arrow", "r.array_record"):
+        web.orders[:] = ["cut", (502, {})]
+        documents: Any = iter(remote(f"{web.url}/{name}"))
+        first = [next(documents).text for _ in range(23)]
+        again: Any = iter(remote(f"{web.url}/{name}"))
+        again.set_state(documents.get_state())
+        assert first + [d.text for d in again] == TEXTS
 
 
 def test_a_file_is_read_in_blocks_and_a_resume_asks_for_no_earlier_byte(
