@@ -20,17 +20,22 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dh_jax.errors import ConfigError
 from dh_jax.schema import (
+    FILE_FORMATS,
     SOURCE_KINDS,
     SPLITS,
+    TOKEN_SOURCES,
     DataConfig,
     DistributedConfig,
     FilesSource,
     HubSource,
     InfluenceConfig,
+    MdsSource,
+    MegatronSource,
     MeshConfig,
     MixingConfig,
     ModelConfig,
     PackingConfig,
+    RetryConfig,
     RunConfig,
     SourceConfig,
     SplitConfig,
@@ -40,17 +45,22 @@ from dh_jax.schema import (
 )
 
 __all__ = [
+    "FILE_FORMATS",
     "SOURCE_KINDS",
     "SPLITS",
+    "TOKEN_SOURCES",
     "DataConfig",
     "DistributedConfig",
     "FilesSource",
     "HubSource",
     "InfluenceConfig",
+    "MdsSource",
+    "MegatronSource",
     "MeshConfig",
     "MixingConfig",
     "ModelConfig",
     "PackingConfig",
+    "RetryConfig",
     "RunConfig",
     "SourceConfig",
     "SplitConfig",
@@ -62,6 +72,7 @@ __all__ = [
     "find_yaml",
     "list_configs",
     "load_data_config",
+    "public_spec",
     "source_config",
     "suggest",
     "typed",
@@ -217,12 +228,36 @@ def source_config(name: str, raw: Any) -> SourceConfig:
     if source.max_epochs is not None and source.max_epochs < 1:
         raise ConfigError(f"source {name!r}: max_epochs is {source.max_epochs}; the least is 1")
     if isinstance(source, FilesSource):
-        _one_of(f"source {name!r}: format", source.format, ("auto", "jsonl", "parquet", "text"))
+        _one_of(f"source {name!r}: format", source.format, ("auto", *FILE_FORMATS))
         if not source.paths:
             raise ConfigError(f"source {name!r}: paths is empty; name files, folders or globs")
     if isinstance(source, HubSource) and not source.path:
         raise ConfigError(f"source {name!r}: path is empty; name a data set, e.g. org/name")
+    if isinstance(source, TOKEN_SOURCES):
+        _one_of(f"source {name!r}: ids", source.ids, ("position", "content"))
+        if not source.path:
+            raise ConfigError(f"source {name!r}: path is empty; name the token files")
+    for label, value, least in (
+        ("interleave", source.interleave, 1),
+        ("retry.attempts", source.retry.attempts, 1),
+        ("retry.first", source.retry.first, 0),
+        ("retry.longest", source.retry.longest, 0),
+    ):
+        if value < least:
+            raise ConfigError(f"source {name!r}: {label} is {value}; the least is {least}")
     return source
+
+
+def public_spec(spec: SourceConfig) -> dict[str, Any]:
+    """A source as plain values for fingerprints, logs and saved configs.
+
+    Left out are options that may hold secrets (``storage_options``) and patience with the
+    network (``retry``), which decides nothing about the documents.
+    """
+    values = dataclasses.asdict(spec)
+    for key in ("storage_options", "retry"):
+        values.pop(key, None)
+    return values
 
 
 def validate_data(config: DataConfig) -> DataConfig:

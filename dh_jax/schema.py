@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SPLITS = ("train", "probe", "eval")
+# array_record holds JSON objects, array_record_text plain UTF-8.
+FILE_FORMATS = ("jsonl", "parquet", "arrow", "text", "array_record", "array_record_text")
 
 
 # --- data ------------------------------------------------------------------------------------
@@ -31,6 +33,15 @@ class TextConfig:
 
 
 @dataclass
+class RetryConfig:
+    """How often, and how patiently, a network fault is tried again. Times in seconds."""
+
+    attempts: int = 6  # in all, the first included
+    first: float = 0.5  # wait before the second attempt; doubled before every further one
+    longest: float = 30.0  # no wait is longer, whatever a server's Retry-After asks for
+
+
+@dataclass
 class SourceConfig:
     """What every kind of source has."""
 
@@ -38,18 +49,24 @@ class SourceConfig:
     weight: float | None = None  # share of the mixture; equal shares when no source has one
     split: str = "hash"  # hash: by content into train/probe/eval; or all of it is one of these
     text: TextConfig = field(default_factory=lambda: TextConfig(column="text"))
-    max_documents: int | None = None
     max_epochs: int | None = None  # passes that training makes over it; None: as many as it takes
+    max_documents: int | None = None  # records read in a pass, of all shards together
+    interleave: int = 1  # pieces read in turn when order is shuffled
+    retry: RetryConfig = field(default_factory=RetryConfig)
 
 
 @dataclass
 class FilesSource(SourceConfig):
-    """Local files: JSONL (.gz, .zst), Parquet, or a tree of text files (one document each)."""
+    """Files on a disk or behind fsspec (``s3://``, ``gs://``, ``hf://``, ``http(s)://``, ...):
+    JSONL (.gz, .zst), Parquet, Arrow, ArrayRecord, or a tree of text files (one document each)."""
 
     kind: str = "files"
     paths: list[str] = field(default_factory=list)  # files, folders or globs
-    format: str = "auto"  # auto (by file ending), jsonl, parquet, text
+    format: str = "auto"  # auto (by file ending), or one of FILE_FORMATS
     include: str = "**/*"  # which files of a folder
+    interleave: int = 8
+    # Options of the file system: keys, endpoint, ... Left out of repr, identities and errors.
+    storage_options: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
 @dataclass
@@ -64,7 +81,34 @@ class HubSource(SourceConfig):
     data_files: str | None = None
 
 
-SOURCE_KINDS: dict[str, type[SourceConfig]] = {"files": FilesSource, "hub": HubSource}
+@dataclass
+class MegatronSource(SourceConfig):
+    """Documents tokenised by Megatron: ``path`` + ``.bin`` and ``.idx``, read in place."""
+
+    kind: str = "megatron"
+    path: str = ""  # without the ending; one of the two files will do as well
+    ids: str = "position"  # position, or content (reads every token once at opening)
+
+
+@dataclass
+class MdsSource(SourceConfig):
+    """Documents tokenised into MosaicML's MDS shards: a folder with ``index.json``."""
+
+    kind: str = "mds"
+    path: str = ""
+    column: str | None = None  # None: tokens or input_ids
+    dtype: str | None = None  # of a column of bytes, e.g. uint16; an ndarray column says itself
+    cache: str | None = None  # folder for the decompressed shards of a compressed data set
+    ids: str = "position"
+
+
+SOURCE_KINDS: dict[str, type[SourceConfig]] = {
+    "files": FilesSource,
+    "hub": HubSource,
+    "megatron": MegatronSource,
+    "mds": MdsSource,
+}
+TOKEN_SOURCES = (MegatronSource, MdsSource)  # hold tokens, not text
 
 
 @dataclass

@@ -26,7 +26,7 @@ def lines(texts: list[str], first: int = 0) -> bytes:
 
 
 def source(*paths: Path | str, split: str | None = None, **options: Any) -> DocumentSource:
-    spec_keys = ("text", "format", "include", "max_documents")
+    spec_keys = ("text", "format", "include", "max_documents", "interleave")
     spec = {k: options.pop(k) for k in spec_keys if k in options}
     role = options.pop("role", "hash")
     files = FilesSource(paths=[str(p) for p in paths], split=role, **spec)

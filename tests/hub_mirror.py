@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,29 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 
 class Mirror(ThreadingHTTPServer):
-    """The server; ``requests`` lists what was asked, as (method, path)."""
+    """The server; ``requests`` lists what was asked, as (method, path). The next requests for
+    files are answered by the statuses in ``orders``, and all of them by ``failing`` if it is set.
+    """
 
     daemon_threads = True
 
-    def __init__(self, root: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, root: Path, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
         self.root = root
         self.requests: list[tuple[str, str]] = []
+        self.orders: list[int] = []
+        self.failing: int | None = None
+        self.connections: list[socket.socket] = []
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.connections.append(request)
+        super().process_request(request, client_address)
+
+    def kill(self) -> None:
+        """Break the connections that clients keep open."""
+        for connection in self.connections:
+            with suppress(OSError):  # closed already
+                connection.shutdown(socket.SHUT_RDWR)
 
     @property
     def endpoint(self) -> str:
@@ -96,6 +112,9 @@ class Handler(BaseHTTPRequestHandler):
     def resolve(self, path: Path, commit: str) -> None:
         if not path.is_file():
             return self.refuse(404, "EntryNotFound")
+        if self.command == "GET" and (self.server.orders or self.server.failing):
+            refused = self.server.orders.pop(0) if self.server.orders else self.server.failing
+            return self.send({}, refused or 500, {"Retry-After": "1"})
         data, status = path.read_bytes(), 200
         etag = hashlib.sha1(data).hexdigest()
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
@@ -124,9 +143,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serve(root: Path) -> Iterator[Mirror]:
+def serve(root: Path, port: int = 0) -> Iterator[Mirror]:
     """Serve ``root`` from a thread until the context ends."""
-    with Mirror(root) as mirror:
+    with Mirror(root, port) as mirror:
         thread = threading.Thread(target=mirror.serve_forever, daemon=True)
         thread.start()
         try:
@@ -134,3 +153,4 @@ def serve(root: Path) -> Iterator[Mirror]:
         finally:
             mirror.shutdown()
             thread.join()
+            mirror.kill()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import string
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn
 
 from dh_jax.config import TextConfig
 from dh_jax.errors import ConfigError
@@ -38,29 +38,6 @@ class Record(NamedTuple):
 
     load: Callable[[], str | Mapping[str, Any]]  # its text or its columns; may raise Fault
     where: str  # to find it again
-
-
-class RecordStream(Protocol):
-    """The records of one pass over a source, in an order fixed by seed and epoch."""
-
-    def __next__(self) -> Record:
-        """The next record.
-
-        Raises:
-            StopIteration: the pass is over.
-        """
-
-    def identity(self) -> dict[str, str]:
-        """Hashes of what is read, which a saved cursor must agree with."""
-
-    def cursor(self) -> dict[str, Any]:
-        """The place after the last record handed out, fit for JSON."""
-
-    def seek(self, cursor: Mapping[str, Any]) -> None:
-        """Go to a place that `cursor` gave."""
-
-    def close(self) -> None:
-        """Release open files."""
 
 
 def missing_column(name: str, there: Iterable[str]) -> Fault:

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import grain
 
 from dh_jax.config import SPLITS, FilesSource, HubSource, SourceConfig, SplitConfig
-from dh_jax.data.files import FileRecords
-from dh_jax.data.hub import HubRecords
-from dh_jax.data.records import REASONS, Fault, Record, RecordStream, needed_columns, render
+from dh_jax.data.files import FileShelf
+from dh_jax.data.hub import HubShelf
+from dh_jax.data.pieces import Piece, Shelf, Todo, Turns, deal, redealt, shuffled
+from dh_jax.data.records import REASONS, Fault, Record, needed_columns, render
 from dh_jax.errors import ConfigError, DataError, StateError
 
 HELD_OUT = ("probe", "eval")
@@ -55,23 +56,59 @@ def split_of(document_id: int, splits: SplitConfig, role: str = "hash") -> str:
     return "eval" if place >= 1.0 - splits.eval else "train"
 
 
-class DocumentSource(grain.IterDataset[Document]):
-    """One pass over one source, restricted to one split and one shard of its records.
+def open_shelf(name: str, spec: SourceConfig, pieces: Sequence[Piece] | None = None) -> Shelf:
+    """The pieces of a source of files or of a hub, without reading any.
 
-    Records are dealt to shards in turn, so shards are disjoint and complete whatever the number
-    of files. With ``shuffle`` the order of files depends on seed and epoch; within a file the
-    order is the file's (packing windows and mixing shuffle further).
+    Raises:
+        ConfigError: its kind has no records, or a path matches nothing.
+        DataError: the place where its files lie cannot be listed.
+    """
+    if isinstance(spec, FilesSource):
+        return FileShelf(name, spec, pieces)
+    if isinstance(spec, HubSource):
+        return HubShelf(name, spec, pieces)
+    raise ConfigError(f"source {name!r}: kind {spec.kind!r} holds no records of text")
+
+
+def list_pieces(name: str, spec: SourceConfig, count: int = 1) -> list[Piece]:
+    """The pieces of a source, for reading them one by one or in parallel.
+
+    Read in the order given, each through ``DocumentSource(..., pieces=[piece])``, they hold the
+    documents of the whole source in its order.
+
+    Args:
+        name: of the source, for errors.
+        spec: a validated `FilesSource` or `HubSource`.
+        count: shards they are for. With fewer files than that, files are cut into parts.
+
+    Raises:
+        ConfigError: see `open_shelf`.
+        DataError: see `open_shelf`.
+    """
+    return open_shelf(name, spec).pieces(count)
+
+
+class DocumentSource(grain.IterDataset[Document]):
+    """One pass over one source, restricted to one split and one shard of its pieces.
+
+    Pieces (files, or parts of files where there are fewer files than shards) are dealt to shards
+    in turn, so shards are disjoint and together complete, and no shard reads another's. With
+    ``shuffle`` the order of pieces depends on seed and epoch, and ``spec.interleave`` of them are
+    read in turn; within a piece the order is the file's (packing windows and mixing shuffle
+    further). ``spec.max_documents`` counts records of any split; each shard gets its equal share.
 
     Args:
         name: of the source, for errors and saved states.
         spec: a validated `FilesSource` or `HubSource`.
         split: ``train``, ``probe`` or ``eval``; None for the documents of all three.
         splits: fractions held out.
-        seed: of the order of files.
+        seed: of the order of pieces.
         epoch: passes made before this one.
         shard: (index, count).
-        shuffle: whether files are read in another order at every epoch.
+        shuffle: whether pieces are read in another order at every epoch, and several in turn.
         on_error: ``raise``, or ``skip`` to count bad records by reason in ``skipped``.
+        pieces: read these, of `list_pieces`, rather than the whole source; that they hold no
+            document is then no error.
 
     Raises:
         ConfigError: the source can hold no document of this split.
@@ -89,6 +126,7 @@ class DocumentSource(grain.IterDataset[Document]):
         shard: tuple[int, int] = (0, 1),
         shuffle: bool = True,
         on_error: str = "raise",
+        pieces: Sequence[Piece] | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= shard[0] < shard[1]:
@@ -107,7 +145,7 @@ class DocumentSource(grain.IterDataset[Document]):
         needed_columns(spec.text)  # refuses a bad template here rather than at the first document
         self.name, self.spec, self.split, self.splits = name, spec, split, splits
         self.seed, self.epoch, self.shard, self.shuffle = seed, epoch, shard, shuffle
-        self.on_error = on_error
+        self.on_error, self.pieces = on_error, pieces
 
     def __iter__(self) -> DocumentIterator:
         return DocumentIterator(self)
@@ -116,19 +154,8 @@ class DocumentSource(grain.IterDataset[Document]):
         return f"DocumentSource({self.name!r}, split={self.split!r})"
 
     def order(self, count: int) -> Sequence[int]:
-        """The order in which to read ``count`` files: a function of seed and epoch alone."""
-        if not self.shuffle:
-            return range(count)
-        key = f"{self.seed}/{self.epoch}/".encode()
-        return sorted(range(count), key=lambda i: hashlib.blake2b(key + str(i).encode()).digest())
-
-    def records(self) -> RecordStream:
-        """Open the source at its first record."""
-        if isinstance(self.spec, FilesSource):
-            return FileRecords(self.name, self.spec, self.order)
-        if isinstance(self.spec, HubSource):
-            return HubRecords(self.name, self.spec, self.order)
-        raise ConfigError(f"source {self.name!r}: kind {self.spec.kind!r} cannot be read")
+        """The order in which to read ``count`` pieces: a function of seed and epoch alone."""
+        return shuffled(count, self.seed, self.epoch) if self.shuffle else range(count)
 
 
 class DocumentIterator(grain.DatasetIterator[Document]):
@@ -137,11 +164,23 @@ class DocumentIterator(grain.DatasetIterator[Document]):
     def __init__(self, source: DocumentSource) -> None:
         super().__init__()
         self._source = source
-        self._records = source.records()
-        self._identity = _identity(source) | self._records.identity()
-        self._position = 0  # records seen, of all shards
+        self._shelf = open_shelf(source.name, source.spec, source.pieces)
+        self._identity = _identity(source) | self._shelf.identity()
+        self._history: list[Any] = []  # (hosts, cursors) of the runs that began this pass
+        self._seen = 0  # records of this shard
         self._yielded = 0
+        self._left = _share_of(source.spec.max_documents, source.shard)
         self._counts = dict.fromkeys(REASONS, 0)
+        self._turns = self._open()
+
+    def _open(self, **cursor: str) -> Turns:
+        """This shard's share of the pass, or of what earlier runs have left of it."""
+        source = self._source
+        count = self._history[0][0] if self._history else source.shard[1]
+        pieces = self._shelf.pieces(count)
+        work = redealt([Todo(i) for i in source.order(len(pieces))], self._history)
+        interleave = source.spec.interleave if source.shuffle else 1
+        return Turns(self._shelf, pieces, deal(work, source.shard), interleave, **cursor)
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -155,20 +194,19 @@ class DocumentIterator(grain.DatasetIterator[Document]):
             DataError: a record is bad and ``on_error`` is ``raise``; or the pass gave nothing.
         """
         self._assert_not_closed()
-        limit = self._source.spec.max_documents
-        index, count = self._source.shard
-        while limit is None or self._position < limit:
+        while self._left is None or self._left > 0:
             try:
-                record = next(self._records)
+                record = next(self._turns)
             except StopIteration:
                 break
-            mine = self._position % count == index
-            self._position += 1
-            document = self._document(record) if mine else None
+            self._seen += 1
+            self._left = None if self._left is None else self._left - 1
+            document = self._document(record)
             if document is not None:
                 self._yielded += 1
                 return document
-        if not self._yielded:
+        # Chosen pieces may be empty, and so may a host's share of what earlier runs have left.
+        if not self._yielded and not self._history and self._source.pieces is None:
             raise DataError(self._nothing())
         raise StopIteration
 
@@ -208,23 +246,25 @@ class DocumentIterator(grain.DatasetIterator[Document]):
             cure = f"raise splits.{source.split} (now {share:g}) or give the source more documents"
         return (
             f"source {source.name!r} has no {source.split or 'usable'} document{shard} among "
-            f"{self._position} records (skipped: {self.skipped or 'none'}); {cure}"
+            f"{self._seen} records (skipped: {self.skipped or 'none'}); {cure}"
         )
 
     def get_state(self) -> dict[str, Any]:
         return {
             "identity": dict(self._identity),
-            "cursor": self._records.cursor(),
-            "position": self._position,
+            "cursor": self._turns.cursor(),
+            "history": json.dumps(self._history, separators=(",", ":")),
+            "seen": self._seen,
             "yielded": self._yielded,
-            "skipped": dict(self._counts),
+            "left": -1 if self._left is None else self._left,
+            "skipped": list(self._counts.values()),  # in the order of REASONS
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on after the last document before ``state`` was taken.
 
         Raises:
-            StateError: the state is of another source, order or list of files.
+            StateError: the state is of another source, order, shard or list of files.
         """
         saved = state.get("identity", {})
         for key, ours in self._identity.items():
@@ -233,21 +273,30 @@ class DocumentIterator(grain.DatasetIterator[Document]):
                     f"source {self._source.name!r}: the saved state has {key} {saved.get(key)!r}, "
                     f"this source {ours!r}; {_cure(key)}, or start without the state"
                 )
-        self._records.seek(state["cursor"])
-        self._position, self._yielded = int(state["position"]), int(state["yielded"])
-        self._counts = {reason: int(state["skipped"].get(reason, 0)) for reason in REASONS}
+        self._turns.close()
+        self._history = json.loads(state["history"])
+        self._turns = self._open(cursor=state["cursor"])
+        self._seen, self._yielded = int(state["seen"]), int(state["yielded"])
+        self._left = None if int(state["left"]) < 0 else int(state["left"])
+        self._counts = dict(zip(REASONS, map(int, state["skipped"]), strict=True))
 
     def close(self) -> None:
-        records: RecordStream | None = getattr(self, "_records", None)  # None if opening failed
-        if records is not None:
-            records.close()
+        turns: Turns | None = getattr(self, "_turns", None)  # None if opening failed
+        if turns is not None:
+            turns.close()
         super().close()
+
+
+def _share_of(limit: int | None, shard: tuple[int, int]) -> int | None:
+    """One shard's part of ``limit``; the parts add up to it."""
+    index, count = shard
+    return None if limit is None else (limit - index + count - 1) // count
 
 
 def _identity(source: DocumentSource) -> dict[str, Any]:
     """What must be the same for a saved state to mean the same place."""
     spec, (index, count) = source.spec, source.shard
-    content = [dataclasses.asdict(spec.text), spec.split, spec.max_documents]
+    content = [dataclasses.asdict(spec.text), spec.split, spec.max_documents, spec.interleave]
     content += [dataclasses.asdict(source.splits), spec.kind]
     digest = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8)
     return {
@@ -266,6 +315,8 @@ def _cure(key: str) -> str:
         return "restore the files (names and sizes) that the run began with"
     if key == "revision":
         return "set the source's revision to the saved one"
+    if key == "shard":
+        return "open it as that shard, or deal the states of all shards anew (elastic.reshard)"
     if key == "spec":
-        return "restore text, split, splits, kind and max_documents as they were"
+        return "restore text, split, splits, kind, interleave and max_documents as they were"
     return f"open the source with the same {key}"

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +28,10 @@ ROOT = Path(__file__).parents[3]
 
 # Answers jobs, a line of JSON each, until its input ends.
 DRIVER = """
-import json, sys
+import itertools, json, sys, time
+kept = []
+sleep = time.sleep
+time.sleep = lambda seconds: sleep(min(seconds, 0.02))  # the hub's client waits up to 8 s
 from dh_jax.config import SplitConfig, load_data_config, source_config
 from dh_jax.data.sources import DocumentSource
 from dh_jax.errors import UserError
@@ -38,12 +40,19 @@ def source(job):
     if "config" in job:
         spec = load_data_config(job["config"]).sources[job["source"]]
     else:
-        spec = source_config("s", {"kind": "hub"} | job["spec"])
+        spec = source_config("s", {"kind": "hub", "retry": {"attempts": 2}} | job["spec"])
     options = {k: job[k] for k in ("split", "shard", "shuffle", "seed", "on_error") if k in job}
     options.setdefault("split", None)
     return DocumentSource(job.get("source", "s"), spec, splits=SplitConfig(0.25, 0.25), **options)
 
 def answer(job):
+    if "take" in job:  # a pass that is kept open between jobs
+        if "spec" in job:
+            kept[:] = [iter(source(job))]
+            if "state" in job:
+                kept[0].set_state(job["state"])
+        taken = list(itertools.islice(kept[0], job["take"]))
+        return {"documents": taken, "state": kept[0].get_state(), "skipped": kept[0].skipped}
     dataset = source(job)
     first = iter(dataset)
     if "state" in job:
@@ -238,13 +247,98 @@ def test_what_a_hub_refuses_is_one_line_with_the_cure(hub: Hub) -> None:
             assert word in answer["message"], (spec, word, answer["message"])
 
 
-def test_a_hub_that_is_not_there_is_named_with_the_cure(tmp_path: Path) -> None:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused
-        endpoint = f"http://127.0.0.1:{unused.getsockname()[1]}"
+def faulty(mirror: Mirror) -> tuple[dict[str, Any], list[str]]:
+    """A data set of three files of row groups, and its texts."""
+    for k in range(3):
+        texts = {"text": TEXTS[20 * k : 20 * k + 20]}
+        parquet(mirror.root / "org" / "long" / f"train-{k}-of-3.parquet", texts, 5)
+    return {"spec": {"path": "org/long"}, "shuffle": False}, TEXTS[:60]
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_hub_that_answers_late_leaves_no_trace(hub: Hub, status: int) -> None:
+    job, texts = faulty(hub.mirror)
+    first = hub.ask(job | {"take": 15})
+    hub.mirror.orders[:] = [status] * 8  # more than the hub's own client bears
+    rest = hub.ask({"take": 100})
+    assert [d[0] for d in first["documents"] + rest["documents"]] == texts
+    assert hub.mirror.orders == []
+
+
+def test_the_files_of_a_hub_are_read_by_their_addresses(hub: Hub) -> None:
+    _, texts = faulty(hub.mirror)
+    root = hub.mirror.root / "org" / "lines"
+    root.mkdir(exist_ok=True)
+    raw = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:30]).encode()
+    (root / "a.jsonl").write_bytes(raw)
+    (root / "b.jsonl.zst").write_bytes(zstandard.compress(raw))
+    for paths, expected in (
+        ("org/long/*.parquet", texts),
+        ("org/lines", TEXTS[:30] * 2),
+        ("org/lines/a.jsonl", TEXTS[:30]),
+    ):
+        spec = {"kind": "files", "paths": [f"hf://datasets/{paths}"]}
+        answer = hub.ask({"spec": spec, "shuffle": False, "resume": True})
+        assert [d[0] for d in answer["documents"]] == expected
+        assert answer["rests"][7] == answer["documents"][7:]
+    hub.mirror.orders[:] = [503] * 7
+    assert len(hub.ask({"spec": spec, "take": 99})["documents"]) == 30
+    missing = {"kind": "files", "paths": ["hf://datasets/org/lines/absent.jsonl"]}
+    assert "not found" in hub.ask({"spec": missing})["message"]
+
+
+@pytest.mark.parametrize(
+    ("status", "words"), [(500, "answered 500 again and again"), (404, "not found")]
+)
+def test_a_hub_that_fails_for_good_is_one_line_and_its_state_goes_on_later(
+    hub: Hub, status: int, words: str
+) -> None:
+    job, texts = faulty(hub.mirror)
+    first = hub.ask(job | {"take": 25})
+    hub.mirror.failing = status
+    try:
+        failed = hub.ask({"take": 100})
+        asked = len(hub.mirror.requests)
+        hub.ask({"take": 1})
+        if status == 404:  # is not asked for again and again
+            assert len(hub.mirror.requests) - asked < 6
+    finally:
+        hub.mirror.failing = None
+    assert failed["error"] == "DataError"
+    assert "on_error: skip" in failed["message"]
+    assert words in failed["message"] and "\n" not in failed["message"]
+    rest = hub.ask(job | {"take": 100, "state": first["state"]})
+    assert [d[0] for d in first["documents"] + rest["documents"]] == texts
+
+
+def test_a_file_of_a_hub_that_stays_unreadable_is_skipped_and_counted_on_request(hub: Hub) -> None:
+    job, texts = faulty(hub.mirror)
+    first = hub.ask(job | {"take": 38, "on_error": "skip"})["documents"]
+    hub.mirror.failing = 500
+    try:
+        rest = hub.ask({"take": 100})
+    finally:
+        hub.mirror.failing = None
+    assert [d[0] for d in first + rest["documents"]] == texts[:40]
+    assert rest["skipped"] == {"unreadable_file": 1}
+
+
+def test_a_hub_killed_under_way_is_an_error_and_the_state_goes_on_after_its_return(
+    tmp_path: Path,
+) -> None:
+    with ExitStack() as stack:
+        with serve(tmp_path) as mirror:
+            job, texts = faulty(mirror)
+            ask = stack.enter_context(driver(mirror.endpoint, tmp_path))
+            first = ask(job | {"take": 30})
+        failed = ask({"take": 100})
+        assert failed["error"] == "DataError"
+        assert "cannot be reached; check the network" in failed["message"]
         files = "hf://datasets/org/name/*.parquet"
-        with driver(endpoint, tmp_path) as ask:
-            answer = ask({"spec": {"path": "parquet", "data_files": files}})
-    assert answer["error"] == "DataError"
-    assert endpoint in answer["message"]
-    assert "set HF_ENDPOINT to a reachable mirror" in answer["message"]
+        absent = ask({"spec": {"path": "parquet", "data_files": files}})
+        assert absent["error"] == "DataError"
+        assert mirror.endpoint in absent["message"]
+        assert "set HF_ENDPOINT to a reachable mirror" in absent["message"]
+        with serve(tmp_path, mirror.server_port):
+            rest = ask(job | {"take": 100, "state": first["state"]})
+        assert [d[0] for d in first["documents"] + rest["documents"]] == texts

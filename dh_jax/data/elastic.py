@@ -1,0 +1,71 @@
+"""A pass over a source goes on with another number of hosts: none lost, none twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from dh_jax.data.pieces import START
+from dh_jax.errors import StateError
+
+NOT_SHARED = ("shard", "epoch")
+
+
+class Resharded(NamedTuple):
+    """States for the hosts of the new run, and what they will see again."""
+
+    states: list[dict[str, Any]]  # one for each host, in order
+    again: int  # documents of the next pass that hosts ahead of the others had already seen
+
+
+def reshard(states: Sequence[Mapping[str, Any]], count: int) -> Resharded:
+    """States for ``count`` hosts that go on where the hosts of a run stood.
+
+    What the old hosts had left of their pieces is dealt to the new ones. If some hosts are in
+    the next pass already, the new run finishes the earlier one and then begins the next anew.
+
+    Args:
+        states: of a `sources.DocumentIterator`, one from each host of the run, in any order.
+        count: hosts of the new run.
+
+    Raises:
+        StateError: the states are not those of one run, or one is missing.
+    """
+    if not states or count < 1:
+        raise StateError(f"{len(states)} states for {count} hosts; give one of every old host")
+    by_index: dict[int, Mapping[str, Any]] = {}
+    for state in states:
+        index, of = map(int, state["identity"]["shard"].split(" of "))
+        if of != len(states) or index in by_index:
+            raise StateError(
+                f"{len(states)} states, one of them of shard {index} of {of}; give exactly one "
+                "state of every host of one run"
+            )
+        by_index[index] = state
+    ordered = [by_index[i] for i in range(len(states))]
+    shared = [{k: v for k, v in s["identity"].items() if k not in NOT_SHARED} for s in ordered]
+    for key, value in shared[0].items():
+        if other := [s[key] for s in shared if s[key] != value]:
+            raise StateError(f"the states have {key} {value!r} and {other[0]!r}; of which run?")
+    epoch = min(s["identity"]["epoch"] for s in ordered)
+    behind = [s for s in ordered if s["identity"]["epoch"] == epoch]
+    if len({s["history"] for s in behind}) > 1:
+        raise StateError("the states come from runs with different pasts; give those of one run")
+    cursors = [s["cursor"] if s["identity"]["epoch"] == epoch else None for s in ordered]
+    history = [*json.loads(behind[0]["history"]), [len(states), cursors]]
+    left = -1 if behind[0]["left"] < 0 else sum(s["left"] for s in behind)
+    totals = {key: sum(s[key] for s in behind) for key in ("seen", "yielded")}
+    skipped = [sum(column) for column in zip(*(s["skipped"] for s in behind), strict=True)]
+    new = [
+        {
+            "identity": {**behind[0]["identity"], "shard": f"{i} of {count}"},
+            "cursor": START,
+            "history": json.dumps(history, separators=(",", ":")),
+            **(totals if i == 0 else dict.fromkeys(totals, 0)),  # counted once, by the first host
+            "left": left if left < 0 else (left - i + count - 1) // count,
+            "skipped": skipped if i == 0 else [0] * len(skipped),
+        }
+        for i in range(count)
+    ]
+    return Resharded(new, sum(s["yielded"] for s in ordered if s["identity"]["epoch"] > epoch))
