@@ -68,10 +68,12 @@ __all__ = [
     "TorchRunConfig",
     "TrainingConfig",
     "config_folder",
+    "decisive_spec",
     "explain",
     "find_yaml",
     "list_configs",
     "load_data_config",
+    "public_run",
     "public_spec",
     "source_config",
     "suggest",
@@ -257,6 +259,27 @@ def public_spec(spec: SourceConfig) -> dict[str, Any]:
     values = dataclasses.asdict(spec)
     for key in ("storage_options", "retry"):
         values.pop(key, None)
+    return values
+
+
+def decisive_spec(spec: SourceConfig) -> dict[str, Any]:
+    """What decides which documents a source has, as plain values for fingerprints: neither how
+    often nor in what order they are read."""
+    values = public_spec(spec)
+    for key in ("weight", "max_epochs", "interleave"):
+        del values[key]
+    return values
+
+
+def public_run(config: Any) -> dict[str, Any]:
+    """A run's config as plain values for its folder and for logs; see `public_spec`."""
+    values = dataclasses.asdict(config)
+    for group in ("sources", "probes"):
+        specs = getattr(config.data, group)
+        values["data"][group] = {
+            name: public_spec(spec) if isinstance(spec, SourceConfig) else spec
+            for name, spec in specs.items()
+        }
     return values
 
 

@@ -10,7 +10,14 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from dh_jax.config import RunConfig, TorchRunConfig, TrainingConfig, load_data_config, typed
+from dh_jax.config import (
+    RunConfig,
+    TorchRunConfig,
+    TrainingConfig,
+    load_data_config,
+    public_run,
+    typed,
+)
 from dh_jax.data.loader import Loader, get_loader
 from dh_jax.data.seeding import derive
 from dh_jax.data.tokenization import TokenizerWrapper
@@ -43,7 +50,7 @@ def save_config(folder: Path, config: RunConfig | TorchRunConfig) -> None:
     """Write ``config.yaml`` into a run's folder, atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / ".config.yaml.partial"
-    partial.write_text(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
+    partial.write_text(OmegaConf.to_yaml(OmegaConf.create(public_run(config))))
     partial.replace(folder / "config.yaml")
 
 
@@ -86,7 +93,7 @@ def training_loader(
 def refuse_other_config(folder: Path, config: RunConfig) -> None:
     """Refuse to resume a run under a config that would make it another run."""
     saved = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    now = json.loads(json.dumps(public_run(config)))
     changed = [
         f"{key} (was {old!r}, now {new!r})"
         for key, old, new in _differences("", saved, now)

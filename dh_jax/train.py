@@ -26,6 +26,7 @@ from dh_jax.config import (
     RunConfig,
     TrainingConfig,
     load_data_config,
+    public_run,
     validate_model,
     weights_of,
 )
@@ -222,7 +223,7 @@ def train(
             scalars = trackers.tensorboard(folder / "tensorboard", step)
             listeners += (closing.enter_context(scalars),)
         if config.training.wandb:
-            client = trackers.wandb(folder, dataclasses.asdict(config))
+            client = trackers.wandb(folder, public_run(config))
             listeners += (closing.enter_context(client),)
         log = RunLog(folder, step=step, listeners=listeners)
         closing.callback(log.close)

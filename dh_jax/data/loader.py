@@ -132,10 +132,7 @@ def get_loader(
 
 def _fingerprint(source: tuple[str, SourceConfig], config: DataConfig) -> str:
     """Hash of what decides which documents a source yields."""
-    spec = dataclasses.asdict(source[1])
-    for how_often in ("weight", "max_epochs"):
-        del spec[how_often]
-    content = [source[0], spec, dataclasses.asdict(config.splits), config.on_error]
+    content = [source[0], decisive_spec(source[1]), dataclasses.asdict(config.splits), config.on_error]
     text = json.dumps(content, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
