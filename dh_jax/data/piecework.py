@@ -37,9 +37,9 @@ from dh_jax.data.sources import Document, DocumentSource
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.errors import DataError
 
-PIECE_BYTES = 16 * 2**20  # files are gathered into a piece up to this size: seconds of work
+PIECE_BYTES = 8 * 2**20  # files are gathered into a piece up to this size: seconds of work
 PART_TOKENS = 8 * 2**20  # tokens of a piece held in memory before they are written
-ENCODE_CHARACTERS = 2**20  # characters handed to the tokenizer at once
+ENCODE_CHARACTERS = 2**18  # characters handed to the tokenizer at once
 ENCODE_DOCUMENTS = 512  # and documents, at most
 
 

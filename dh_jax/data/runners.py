@@ -6,6 +6,7 @@ it comes. A function writes its results into the job's folder and returns only c
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import pickle
@@ -15,11 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
-from dh_jax import errors
 from dh_jax.data.piecework import Job
 from dh_jax.errors import ConfigError, DataError, UserError
 
@@ -44,7 +44,8 @@ def open_runner(job: Job, backend: str, workers: int) -> Iterator[Runner]:
             uses all cores by itself.
     """
     if backend == "ray":
-        yield _ray_runner(job)
+        with _ray(job) as runner:
+            yield runner
     elif workers == 1:
         yield lambda function, tasks: ((i, function(job, t)) for i, t in enumerate(tasks))
     else:
@@ -118,7 +119,8 @@ def _one_thread() -> None:
 # --- Ray -------------------------------------------------------------------------------------
 
 
-def _ray_runner(job: Job) -> Runner:
+@contextmanager
+def _ray(job: Job) -> Iterator[Runner]:
     try:
         import ray
         import ray.data
@@ -127,8 +129,10 @@ def _ray_runner(job: Job) -> Runner:
             "prepare.backend=ray needs Ray Data; pip install 'data-handler[ray]', or set "
             "data.prepare.backend=local"
         ) from error
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False)
+    ours = not ray.is_initialized()
+    if ours:  # RAY_ADDRESS says which cluster; without it Ray starts one on this machine
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)  # we have a progress bar
     packed = pickle.dumps(job)
 
     def run(function: Work, tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
@@ -138,13 +142,18 @@ def _ray_runner(job: Job) -> Runner:
         # One block a task, so that every idle core gets one. A plain function, not a class with
         # a concurrency of its own: actors would hold the cores that reading needs.
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-        for row in dataset.map(lambda row: _ray_work(packed, function, row)).iter_rows():
+        dataset.context.enable_progress_bars = False
+        for row in dataset.map(partial(_ray_work, packed, function)).iter_rows():
             outcome = pickle.loads(row["outcome"])
             if isinstance(outcome, UserError):
                 raise outcome
             yield int(row["index"]), outcome
 
-    return run
+    try:
+        yield run
+    finally:
+        if ours:
+            ray.shutdown()
 
 
 def _ray_work(packed: bytes, function: Work, row: dict[str, Any]) -> dict[str, Any]:
@@ -152,7 +161,7 @@ def _ray_work(packed: bytes, function: Work, row: dict[str, Any]) -> dict[str, A
     _one_thread()
     try:
         outcome: Any = function(_unpacked(packed), pickle.loads(row["task"]))
-    except errors.UserError as error:
+    except UserError as error:
         outcome = error
     return {"index": row["index"], "outcome": pickle.dumps(outcome)}
 
