@@ -126,8 +126,11 @@ def prepare(
                 pieces = pieces_of(text_sources(config))
                 _keep_what_fits(workshop, job, expected, pieces)
                 chosen = _workers(workers or config.prepare.workers, pieces)
-                with open_runner(job, backend or config.prepare.backend, chosen) as run:
-                    _prepare(job, pieces, workshop / "store", expected, run, progress)
+                try:
+                    with open_runner(job, backend or config.prepare.backend, chosen) as run:
+                        _prepare(job, pieces, workshop / "store", expected, run, progress)
+                finally:
+                    _sweep(job)  # what a worker was at when another failed
                 os.replace(workshop / "store", target)
             shutil.rmtree(workshop)
     return open_store(target, **expected)
@@ -237,9 +240,14 @@ def _keep_what_fits(
     if not plan.exists() or json.loads(plan.read_text()) != digest:
         shutil.rmtree(job.folder, ignore_errors=True)
         plan.unlink(missing_ok=True)
+    _sweep(job)
+    write_json(plan, digest)
+
+
+def _sweep(job: Job) -> None:
+    """Remove pieces that were begun and not finished."""
     for rest in job.folder.glob(".*.partial"):
         shutil.rmtree(rest, ignore_errors=True)
-    write_json(plan, digest)
 
 
 def _identity(job: Job, piece: Piece) -> Any:
