@@ -83,6 +83,8 @@ def ours(folder: Path, workers: int) -> int:
         }
     )
     wrapper = TokenizerWrapper.load(TOKENIZER, add_eos=False)
+    assert wrapper.fingerprint  # half a second, once, whatever the amount of text
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as for the bare loop
     began()
     store = prepare(config, tokenizer=wrapper, folder=folder / "store", workers=workers)
     return sum(store.total("text", split, "tokens") for split in ("train", "probe", "eval"))

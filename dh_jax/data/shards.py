@@ -59,7 +59,7 @@ def check_blocks(checks: ShardChecks, start: int, stop: int) -> None:
 def _check_block(checks: ShardChecks, block: int) -> None:
     begin, end = block * BLOCK_TOKENS, (block + 1) * BLOCK_TOKENS
     for array, table in zip(checks.arrays, checks.tables, strict=True):
-        if zlib.crc32(array[begin:end]) != table[block]:
+        if zlib.crc32(array[begin:end].data) != table[block]:
             raise DataError(
                 f"shard {checks.path} is damaged: tokens {begin} to {min(end, array.size)} are not "
                 "those that were written; prepare the store again"
@@ -107,7 +107,7 @@ def write_shard(
     guarded = {"tokens": tokens} | ({} if loss_mask is None else {"loss_mask": loss_mask})
     for name, array in guarded.items():
         blocks = range(0, array.size, BLOCK_TOKENS)
-        crcs = [zlib.crc32(array[at : at + BLOCK_TOKENS]) for at in blocks]
+        crcs = [zlib.crc32(array[at : at + BLOCK_TOKENS].data) for at in blocks]
         arrays[f"{name}_crc32"] = np.array(crcs, np.uint32)
     header = _header(arrays | guarded)
     checksum = hashlib.blake2b(header, digest_size=16)
@@ -115,7 +115,7 @@ def write_shard(
     with replacing(path) as partial, partial.open("wb") as file:
         file.write(header)
         for name, array in (arrays | guarded).items():
-            data = memoryview(np.ascontiguousarray(array)).cast("B") if array.size else b""
+            data = np.ascontiguousarray(array).data.cast("B") if array.size else b""
             file.write(data)
             checksum.update(data)
             crc = crc if name in guarded else zlib.crc32(data, crc)
@@ -223,7 +223,7 @@ def map_shard(path: Path, crc32: int | None = None) -> dict[str, npt.NDArray[Any
                 index_end = min(index_end, begin)
             array = np.frombuffer(data[begin:end], dtype=_NAMES[tensor["dtype"]])
             arrays[name] = array.reshape(tensor["shape"])
-        if crc32 is not None and zlib.crc32(data[:index_end]) != crc32:
+        if crc32 is not None and zlib.crc32(data[:index_end].data) != crc32:
             raise ValueError("its index is not the one that was written")
         return arrays
     except FileNotFoundError:

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -137,25 +138,6 @@ def test_near_duplicates_are_dropped_or_kept_together(
     assert stores["together"].manifest["skipped"]["near"] == {}
 
 
-@pytest.mark.slow
-def test_ray_does_not_show(config: DataConfig, tmp_path: Path, small_pieces: None) -> None:
-    pytest.importorskip("ray")
-    local = prepare(config, folder=tmp_path / "local", workers=1)
-    cluster = prepare(config, folder=tmp_path / "ray", backend="ray")
-    assert checksums(local.folder) == checksums(cluster.folder)
-
-
-@pytest.mark.slow
-def test_a_users_error_comes_back_from_ray(config: DataConfig, tmp_path: Path) -> None:
-    pytest.importorskip("ray")
-    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
-    bad: dict[str, Any] = {"kind": "files", "paths": [str(tmp_path / "bad.jsonl")]}
-    wrong = dataclasses.replace(config, sources={**config.sources, "bad": bad})
-    with pytest.raises(DataError, match=r"bad\.jsonl:2"):
-        prepare(wrong, folder=tmp_path / "store", backend="ray")
-    assert not (tmp_path / "store").exists()
-
-
 # --- interruptions ---------------------------------------------------------------------------
 
 
@@ -171,7 +153,8 @@ def fail_after(count: int) -> Any:
 
 def piece_times(folder: Path) -> dict[str, int]:
     return {
-        path.parent.name: path.stat().st_mtime_ns for path in folder.rglob("pieces/*/piece.json")
+        path.parent.name: path.stat().st_mtime_ns
+        for path in folder.glob("pieces/piece-*/piece.json")
     }
 
 
@@ -288,7 +271,8 @@ def start(config: DataConfig, target: Path, *extra: str) -> subprocess.Popen[byt
     OmegaConf.save(OmegaConf.create(dataclasses.asdict(config)), file)
     arguments = ["prepare", f"data={file}", f"data.store={target}", *extra]
     program = (
-        "from dh_jax.data import piecework; piecework.PIECE_BYTES = 60_000\n"
+        "from dh_jax.data import piecework, writing\n"
+        "piecework.PIECE_BYTES, writing.SHARD_TOKENS = 60_000, 50_000\n"
         f"from dh_jax.cli import main; raise SystemExit(main({arguments}))"
     )
     return subprocess.Popen(
@@ -311,6 +295,29 @@ def group(leader: int) -> list[psutil.Process]:
 
 
 @pytest.mark.slow
+def test_ray_does_not_show(config: DataConfig, tmp_path: Path, small_pieces: None) -> None:
+    pytest.importorskip("ray")
+    local = prepare(config, folder=tmp_path / "local", workers=1)
+    process = start(config, tmp_path / "cluster", "--backend", "ray")
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert checksums(local.folder) == checksums(tmp_path / "cluster")
+
+
+@pytest.mark.slow
+def test_a_users_error_comes_back_from_ray(config: DataConfig, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    bad: dict[str, Any] = {"kind": "files", "paths": [str(tmp_path / "bad.jsonl")]}
+    wrong = dataclasses.replace(config, sources={**config.sources, "bad": bad})
+    process = start(wrong, tmp_path / "store", "--backend", "ray")
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert re.match(rb"dh prepare: source 'bad': \S+bad\.jsonl:2: not JSON", said.splitlines()[-1])
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("whole_group", [True, False])
 def test_killed_at_random_and_run_again_gives_the_same_bytes(
     config: DataConfig, tmp_path: Path, small_pieces: None, whole_group: bool
@@ -319,7 +326,7 @@ def test_killed_at_random_and_run_again_gives_the_same_bytes(
     straight = prepare(config, folder=tmp_path / "straight", workers=1)
     target, rng, killed = tmp_path / "store", random.Random(int(whole_group)), 0
     workshop = tmp_path / ".store.partial"
-    for _ in range(12):
+    for _ in range(5):
         process = start(config, target, "data.prepare.workers=2")
         while not workshop.exists() and process.poll() is None:
             time.sleep(0.01)
