@@ -34,7 +34,9 @@ from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.data.writing import plan_shards, write_planned
 from dh_jax.errors import ConfigError, DataError, StateError
 
-BYTES_A_WORKER = 8 * 2**20  # of text, below which another process costs more than it brings
+# Of text, below which another process costs more than it brings: starting costs about 5
+# CPU-seconds, and in one process the tokenizer uses all cores by itself.
+BYTES_A_WORKER = 32 * 2**20
 
 
 class Progress(NamedTuple):
