@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--python", help="an interpreter that has datatrove")
-    parser.add_argument("--only", help="a part of a contender's name")
+    parser.add_argument("--only", default="", help="regular expression over contenders")
     options = parser.parse_args()
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     for name, documents in corpora(options.megabytes).items():
@@ -242,7 +242,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             write_corpus(folder, documents)
-            contenders = [c for c in CONTENDERS if (options.only or "") in c]
+            contenders = [c for c in CONTENDERS if re.search(options.only, c)]
             if options.python is None:
                 contenders = [c for c in contenders if not c.startswith("datatrove")]
             else:

@@ -119,9 +119,9 @@ def prepare(
     )
     expected = {"tokenizer": wrapper.fingerprint, "pipeline": pipeline_fingerprint(config)}
     workshop = target.with_name(f".{target.name}.partial")
-    if not (target / MANIFEST).exists():
-        if target.exists():
-            raise DataError(f"{target} exists and is not a token store; choose another data.store")
+    if target.exists() and not (target / MANIFEST).exists():
+        raise DataError(f"{target} exists and is not a token store; choose another data.store")
+    if not target.exists() or workshop.exists():  # both: it was killed while tidying up
         with _alone_in(workshop):
             if not target.exists():
                 job = Job(workshop / "pieces", config, wrapper)
@@ -134,7 +134,7 @@ def prepare(
                 finally:
                     _sweep(job)  # what a worker was at when another failed
                 os.replace(workshop / "store", target)
-            shutil.rmtree(workshop)
+            shutil.rmtree(workshop, ignore_errors=True)
     return open_store(target, **expected)
 
 
@@ -216,7 +216,8 @@ def _alone_in(workshop: Path) -> Iterator[None]:
     """
     with explained_disk(workshop):
         workshop.mkdir(parents=True, exist_ok=True)
-    with (workshop / "lock").open("w") as file:
+        file = (workshop / "lock").open("w")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Whoever held it may have finished and removed it since it was opened.

@@ -68,8 +68,8 @@ def _processes(job: Job, workers: int) -> Iterator[Runner]:
     executor = ProcessPoolExecutor(workers, context, _begin, (job, theirs))
 
     def run(function: Work, tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-        futures = {executor.submit(_work, function, task): i for i, task in enumerate(tasks)}
         try:
+            futures = {executor.submit(_work, function, task): i for i, task in enumerate(tasks)}
             for future in as_completed(futures):
                 yield futures.pop(future), future.result()
         except BrokenProcessPool as error:

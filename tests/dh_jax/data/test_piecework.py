@@ -205,6 +205,17 @@ def test_one_folder_has_one_preparer(config: DataConfig, tmp_path: Path) -> None
     assert prepare(config, folder=tmp_path / "store").verify()
 
 
+def test_what_a_kill_while_tidying_up_leaves_is_removed(
+    config: DataConfig, tmp_path: Path, small_pieces: None
+) -> None:
+    store = prepare(config, folder=tmp_path / "store", workers=1)
+    before = checksums(store.folder)
+    (tmp_path / ".store.partial" / "pieces" / "piece-000000").mkdir(parents=True)
+    prepare(config, folder=tmp_path / "store", workers=1)
+    assert checksums(store.folder) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
 def test_a_folder_of_something_else_is_left_alone(config: DataConfig, tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "thesis.txt").write_text("three years of work")
