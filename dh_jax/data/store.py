@@ -64,7 +64,7 @@ class StoredDocuments(NamedTuple):
     starts_D: npt.NDArray[np.int64]
     lengths_D: npt.NDArray[np.int64]
     ids_D: npt.NDArray[np.uint64]
-    checks: tuple[ShardChecks, ...]  # of each shard
+    checks: tuple[ShardChecks, ...] = ()  # of each shard; empty for documents in memory
 
 
 class TokenStore(NamedTuple):
