@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--dry-run", action="store_true", help="price the run without starting it")
     sub = command("prepare", _prepare, "Tokenise a data config into a store on disk.")
     sub.add_argument("--verify", action="store_true", help="also compare every shard's checksum")
+    sub.add_argument("--backend", choices=("local", "ray"), help="default: data.prepare.backend")
+    sub.add_argument("--json", action="store_true", help="print the totals as JSON")
     sub = command("inspect", _inspect, "Show what a data config yields.")
     sub.add_argument("--split", default="train", choices=("train", "probe", "eval"))
     sub.add_argument("--batches", type=int, default=8, help="batches drawn for the statistics")
@@ -136,12 +140,21 @@ def _train(options: argparse.Namespace) -> int:
 
 def _prepare(options: argparse.Namespace) -> int:
     run = _module("compose").compose_run(options.overrides)
-    console = _console()
+    console = _console(stderr=options.json)
+    start = time.perf_counter()
     with _module("console").PrepareProgress(console) as progress:
-        store = _module("data.prepare").prepare(run.data, progress=progress)
+        store = _module("data.prepare").prepare(
+            run.data, backend=options.backend, progress=progress
+        )
+    seconds = time.perf_counter() - start
+    verified = store.verify() if options.verify else None
+    if options.json:
+        totals = {"store": str(store.folder), "seconds": round(seconds, 3), "verified": verified}
+        print(json.dumps({**totals, "sources": store.totals()}))
+        return 0
     _module("console").print_store(store, console)
-    if options.verify:
-        console.print(f"{store.verify()} shards verified")
+    if verified is not None:
+        console.print(f"{verified} shards verified")
     return 0
 
 

@@ -25,6 +25,7 @@ from dh_jax.schema import (
     SPLITS,
     TOKEN_SOURCES,
     DataConfig,
+    DecontaminationConfig,
     DistributedConfig,
     FilesSource,
     HubSource,
@@ -34,7 +35,9 @@ from dh_jax.schema import (
     MeshConfig,
     MixingConfig,
     ModelConfig,
+    NearDuplicateConfig,
     PackingConfig,
+    PrepareConfig,
     RetryConfig,
     RunConfig,
     SourceConfig,
@@ -50,6 +53,7 @@ __all__ = [
     "SPLITS",
     "TOKEN_SOURCES",
     "DataConfig",
+    "DecontaminationConfig",
     "DistributedConfig",
     "FilesSource",
     "HubSource",
@@ -59,7 +63,9 @@ __all__ = [
     "MeshConfig",
     "MixingConfig",
     "ModelConfig",
+    "NearDuplicateConfig",
     "PackingConfig",
+    "PrepareConfig",
     "RetryConfig",
     "RunConfig",
     "SourceConfig",
@@ -319,7 +325,31 @@ def validate_data(config: DataConfig) -> DataConfig:
             f"splits.probe {config.splits.probe} and splits.eval {config.splits.eval} must be "
             "at least 0 and together below 1"
         )
-    return dataclasses.replace(config, sources=sources, probes=probes)
+    return dataclasses.replace(
+        config, sources=sources, probes=probes, prepare=_checked_prepare(config.prepare)
+    )
+
+
+def _checked_prepare(config: PrepareConfig) -> PrepareConfig:
+    near, clean = config.near_duplicates, config.decontamination
+    _one_of("prepare.backend", config.backend, ("local", "ray"))
+    _one_of("prepare.near_duplicates.action", near.action, ("ignore", "drop", "together"))
+    if not 0 < near.threshold <= 1:
+        raise ConfigError(
+            f"prepare.near_duplicates.threshold is {near.threshold}; it must be above 0, at most 1"
+        )
+    for label, value, least in (
+        ("workers", 1 if config.workers is None else config.workers, 1),
+        ("near_duplicates.ngram", near.ngram, 1),
+        ("near_duplicates.permutations", near.permutations, 16),
+        ("decontamination.shortest", clean.shortest, 1),
+        ("decontamination.ngram", clean.ngram, clean.shortest),
+        ("decontamination.max_documents", clean.max_documents, 1),
+    ):
+        if value < least:
+            raise ConfigError(f"prepare.{label} is {value}; the least is {least}")
+    against = {name: source_config(name, raw) for name, raw in clean.against.items()}
+    return dataclasses.replace(config, decontamination=dataclasses.replace(clean, against=against))
 
 
 def weights_of(sources: Mapping[str, SourceConfig]) -> dict[str, float]:

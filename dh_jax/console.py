@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -18,6 +18,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from dh_jax.config import SPLITS
 from dh_jax.data import prepare
 from dh_jax.data.store import TokenStore
 from dh_jax.pricing import Price
@@ -77,24 +78,42 @@ class TrainProgress:
 
 
 class PrepareProgress:
-    """Documents and tokens a second while a store is written."""
+    """Pieces, documents and tokens a second, what was dropped, and the time left, while a store
+    is written."""
+
+    STEPS: ClassVar = {"map": "reading", "decide": "comparing", "write": "writing"}
 
     def __init__(self, console: Console):
         self._bar = Progress(
-            SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
         )
-        self._tasks: dict[str, tuple[Any, float]] = {}
+        self._task = self._bar.add_task("reading", total=None)
+        self._step = "map"
+        self._start = time.perf_counter()
 
     def __call__(self, progress: prepare.Progress) -> None:
-        name = progress.source
-        if name not in self._tasks:
-            self._tasks[name] = self._bar.add_task(name, total=None), time.perf_counter()
-        task, start = self._tasks[name]
-        rate = progress.tokens / max(time.perf_counter() - start, 1e-9)
+        if progress.step != self._step:  # a step's pace says nothing about the next one's
+            self._step = progress.step
+            self._bar.reset(self._task)
+        pace = ""
+        if progress.step == "map":
+            seconds = max(time.perf_counter() - self._start, 1e-9)
+            pace = (
+                f" ({progress.documents / seconds:,.0f}/s), {progress.tokens:,} tokens "
+                f"({progress.tokens / seconds:,.0f}/s)"
+            )
         self._bar.update(
-            task,
-            description=f"{name}: {progress.documents:,} documents, {progress.tokens:,} tokens, "
-            f"{rate:,.0f} tok/s",
+            self._task,
+            completed=progress.done,
+            total=progress.total,
+            description=f"{self.STEPS[progress.step]}: {progress.documents:,} documents{pace}, "
+            f"{progress.dropped:,} dropped",
         )
 
     def __enter__(self) -> Self:
@@ -109,18 +128,21 @@ def print_store(store: TokenStore, console: Console) -> None:
     """Documents and tokens by source and split, and what was left out."""
     table = Table(title=f"store {store.folder}")
     table.add_column("source")
-    for split in ("train", "probe", "eval"):
+    for split in SPLITS:
         table.add_column(f"{split} documents", justify="right")
         table.add_column("tokens", justify="right")
     table.add_column("left out")
-    for name in store.manifest["sources"]:
-        counts = [
-            f"{store.total(name, split, what):,}"
-            for split in ("train", "probe", "eval")
-            for what in ("documents", "tokens")
-        ]
-        table.add_row(name, *counts, _reasons(store.manifest["skipped"].get(name, {})))
+    for name, counts in store.totals().items():
+        cells = [f"{counts[split][what]:,}" for split in SPLITS for what in ("documents", "tokens")]
+        table.add_row(name, *cells, _reasons(counts["left_out"]))
     console.print(table)
+    account = store.manifest.get("decontamination")
+    if account:
+        console.print(
+            f"{account['removed']:,} contaminated documents removed, listed in "
+            f"{store.folder / account['report']}; {account['evaluation_texts']:,} evaluation "
+            f"texts, {account['too_short']:,} of them too short to look for"
+        )
 
 
 def print_price(price: Price, console: Console) -> None:

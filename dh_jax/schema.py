@@ -130,6 +130,37 @@ class SplitConfig:
 
 
 @dataclass
+class NearDuplicateConfig:
+    """Near-duplicates by MinHash LSH over word n-grams; needs the package ``rensa``."""
+
+    action: str = "ignore"  # ignore; drop (keep the first); together (keep all, in one split)
+    threshold: float = 0.8  # estimated Jaccard similarity of two documents' sets of n-grams
+    ngram: int = 5  # words
+    permutations: int = 128  # numbers in a signature
+
+
+@dataclass
+class DecontaminationConfig:
+    """Training documents that share an n-gram of words with evaluation texts are removed."""
+
+    against: dict[str, Any] = field(default_factory=dict)  # name -> a source of evaluation texts
+    held_out: bool = False  # also against this config's own probe and eval documents
+    ngram: int = 13  # words
+    shortest: int = 8  # an evaluation text of at least so many words counts as one n-gram
+    max_documents: int = 10  # an n-gram in more training documents than this is boilerplate
+
+
+@dataclass
+class PrepareConfig:
+    """How `dh prepare` works, and what it leaves out besides exact duplicates."""
+
+    backend: str = "local"  # local (all cores of this machine), ray (Ray Data, on a cluster)
+    workers: int | None = None  # processes; None: as many as there are cores and work for them
+    near_duplicates: NearDuplicateConfig = field(default_factory=NearDuplicateConfig)
+    decontamination: DecontaminationConfig = field(default_factory=DecontaminationConfig)
+
+
+@dataclass
 class DataConfig:
     """A mixture: sources, their weights, the probe sets that judge it, and how rows are cut."""
 
@@ -146,6 +177,7 @@ class DataConfig:
     add_eos: bool = True
     on_error: str = "raise"  # raise, or skip (counted in stats)
     store: str | None = None  # folder of a prepared token store; None streams from the sources
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
     seed: int = 0
     prefetch: int = 2  # batches made ahead by a background thread; 0 = none
 

@@ -110,11 +110,17 @@ def _fill(  # type: ignore[no-untyped-def]
             targets = length if pieces_P6[p, GOES_ON] else length - 1
             base = addresses_S2[pieces_P6[p, SHARD], 0] + start * width
             if width == 2:
-                tokens_n = numba.carray(_pointer(base), length + 1, np.uint16)
-                _copy(tokens_n, grid_4BT[0, b], grid_4BT[1, b], column, length, targets)
+                u16_n = numba.carray(_pointer(base), length + 1, np.uint16)
+                _copy(u16_n, grid_4BT[0, b], grid_4BT[1, b], column, length, targets)
+            elif width == 4:
+                u32_n = numba.carray(_pointer(base), length + 1, np.uint32)
+                _copy(u32_n, grid_4BT[0, b], grid_4BT[1, b], column, length, targets)
+            elif width == 1:
+                u8_n = numba.carray(_pointer(base), length + 1, np.uint8)
+                _copy(u8_n, grid_4BT[0, b], grid_4BT[1, b], column, length, targets)
             else:
-                wide_n = numba.carray(_pointer(base), length + 1, np.uint32)
-                _copy(wide_n, grid_4BT[0, b], grid_4BT[1, b], column, length, targets)
+                u64_n = numba.carray(_pointer(base), length + 1, np.uint64)
+                _copy(u64_n, grid_4BT[0, b], grid_4BT[1, b], column, length, targets)
             segment = p - first
             for i in range(length):
                 grid_4BT[2, b, column + i] = segment + 1

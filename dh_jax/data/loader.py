@@ -11,13 +11,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dh_jax.config import SPLITS, DataConfig, SourceConfig, load_data_config, weights_of
+from dh_jax.config import (
+    SPLITS,
+    TOKEN_SOURCES,
+    DataConfig,
+    SourceConfig,
+    decisive_spec,
+    load_data_config,
+    weights_of,
+)
 from dh_jax.data.datasets.pretrain import PretrainDataset
 from dh_jax.data.delivery import Loader
 from dh_jax.data.mixing import MixedDataset
 from dh_jax.data.prepare import pipeline_fingerprint, text_sources
 from dh_jax.data.sources import DocumentSource
-from dh_jax.data.store import open_store
+from dh_jax.data.store import StoredDocuments, TokenStore, open_store
+from dh_jax.data.token_sources import open_token_source
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.errors import ConfigError
 
@@ -83,14 +92,23 @@ def get_loader(
         store = open_store(
             config.store, tokenizer=wrapper.fingerprint, pipeline=pipeline_fingerprint(config)
         )
-    held_out = _held_out(config) if training and store is None else frozenset()
+    stored = {
+        name: _stored(source, spec, config, split, store) for name, (source, spec) in chosen.items()
+    }
+    at_random = all(documents is not None for documents in stored.values())
+    if count > 1 and not at_random and any(documents is not None for documents in stored.values()):
+        raise ConfigError(
+            f"{count} hosts cannot mix streamed sources with token stores read in place; "
+            "prepare the streamed ones first (`dh prepare`, data.store=...)"
+        )
+    held_out = _held_out(config) if training and not at_random else frozenset()
     rows = {
         name: PretrainDataset(
             source,
             spec,
             config,
             tokenizer=wrapper,
-            store=store,
+            documents=stored[name],
             split=split,
             seed=seed,
             shuffle=shuffle,
@@ -112,17 +130,17 @@ def get_loader(
         config,
         wrapper,
         batch_size=batch_size,
-        # Rows of a store are planned alike on every host, which keeps its part of each batch;
+        # Rows of stores are planned alike on every host, which keeps its part of each batch;
         # streamed documents are dealt out to hosts at the source.
-        shard=shard if store is not None else (0, 1),
-        drawn=batch_size if store is not None else batch_size // count,
+        shard=shard if at_random else (0, 1),
+        drawn=batch_size if at_random else batch_size // count,
         prefetch=config.prefetch if prefetch is None else prefetch,
         identity={
             "tokenizer": wrapper.fingerprint,
             "row_length": config.max_length,
             "packing": dataclasses.asdict(config.packing),
             "unit": config.weight_unit,
-            "stored": store is not None,
+            "stored": at_random,
             "split": split,
             "seed": seed,
             "sources": {name: _fingerprint(source, config) for name, source in chosen.items()},
@@ -132,9 +150,19 @@ def get_loader(
 
 def _fingerprint(source: tuple[str, SourceConfig], config: DataConfig) -> str:
     """Hash of what decides which documents a source yields."""
-    content = [source[0], decisive_spec(source[1]), dataclasses.asdict(config.splits), config.on_error]
+    name, spec = source
+    content = [name, decisive_spec(spec), dataclasses.asdict(config.splits), config.on_error]
     text = json.dumps(content, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _stored(
+    name: str, spec: SourceConfig, config: DataConfig, split: str, store: TokenStore | None
+) -> StoredDocuments | None:
+    """A source's documents where they can be read at random; None where they are streamed."""
+    if isinstance(spec, TOKEN_SOURCES):
+        return open_token_source(spec, split, config.splits)
+    return None if store is None else store.documents(name, split)
 
 
 def _chosen(

@@ -28,7 +28,7 @@ from dh_jax.data.planning import Ints, plan_rows
 class TokenShard(NamedTuple):
     """Tokens of many documents, end to end; the arrays may be memory maps."""
 
-    tokens: npt.NDArray[Any]  # [n] uint16, uint32 or int32, contiguous
+    tokens: npt.NDArray[Any]  # [n] integers of 1, 2, 4 or 8 bytes, contiguous; ids not negative
     loss_mask: npt.NDArray[np.bool_] | None = None  # [n]; None: every token is learnt
 
 

@@ -1,56 +1,70 @@
 """Prepare: text -> token store, once, so that training reads tokens at random.
 
-One pass over every source; each document goes to exactly one of train, probe and eval by a
-hash of its content. Exact duplicates are dropped and counted, within and across sources. The
-store appears under its name only when it is complete.
+Three steps. *Map*: every lot (some files) of every source is read, identified and encoded, on
+all cores or on a cluster. *Decide*: over all documents at once, which of them stay and in which
+split; equal texts stay once, by default nothing else is left out. *Write*: the final shards.
+Each step is a pure function of the one before, so the store's bytes do not depend on how many
+worked at it, or how often it was interrupted. It appears under its name only when complete.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import itertools
 import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dh_jax.config import SPLITS, DataConfig, SourceConfig, load_data_config
-from dh_jax.data.encoding import make_encoder
-from dh_jax.data.sources import Document, DocumentSource, split_of
-from dh_jax.data.store import (
-    MANIFEST,
-    SCHEMA,
-    ShardWriter,
-    TokenStore,
-    open_store,
-    write_json,
+from dh_jax.config import (
+    TOKEN_SOURCES,
+    DataConfig,
+    SourceConfig,
+    decisive_spec,
+    load_data_config,
 )
+from dh_jax.data.deciding import Decision, decide
+from dh_jax.data.piecework import Job, Lot, lots_of, map_lot
+from dh_jax.data.runners import Runner, open_runner
+from dh_jax.data.shards import SCHEMA, explained_disk, write_json
+from dh_jax.data.store import MANIFEST, TokenStore, manifest_checksum, open_store
 from dh_jax.data.tokenization import TokenizerWrapper
-from dh_jax.errors import ConfigError, DataError
+from dh_jax.data.writing import plan_shards, write_planned
+from dh_jax.errors import ConfigError, DataError, StateError
 
-ENCODE_TOGETHER = 512  # documents handed to the tokenizer at once
+# Of text, below which another process costs more than it brings: starting costs about 5
+# CPU-seconds, and in one process the tokenizer uses all cores by itself.
+BYTES_A_WORKER = 32 * 2**20
 
 
 class Progress(NamedTuple):
-    """What a progress bar may show after every few hundred documents."""
+    """How far a preparation is; a step's numbers grow to those of its end."""
 
-    source: str
-    documents: int
+    step: str  # map, decide, write
+    done: int  # lots (map), passes over lots (decide) or shards (write)
+    total: int
+    documents: int  # read so far
     tokens: int
+    dropped: int  # duplicates and what else was left out so far
 
 
 def pipeline_fingerprint(config: DataConfig) -> str:
     """Hash of everything, but the tokenizer, that decides which documents a store holds."""
     parts: dict[str, Any] = {}
     for name, spec in text_sources(config).items():
-        parts[name] = dataclasses.asdict(spec)
-        for how_often in ("weight", "max_epochs"):  # says nothing about the documents
-            del parts[name][how_often]
-    content = [parts, dataclasses.asdict(config.splits), config.on_error]
+        parts[name] = decisive_spec(spec)
+    content: list[Any] = [parts, dataclasses.asdict(config.splits), config.on_error]
+    near, clean = config.prepare.near_duplicates, config.prepare.decontamination
+    if near.action != "ignore":
+        content.append(dataclasses.asdict(near))
+    if clean.against or clean.held_out:
+        content.append(dataclasses.asdict(clean))
     text = json.dumps(content, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -61,7 +75,7 @@ def text_sources(config: DataConfig) -> dict[str, SourceConfig]:
     training source also has."""
     own: dict[str, SourceConfig] = {}
     for name, spec in itertools.chain(config.probes.items(), config.sources.items()):
-        if isinstance(spec, str):
+        if isinstance(spec, (str, *TOKEN_SOURCES)):  # those that hold tokens are read in place
             continue
         if name in own:
             raise ConfigError(f"{name!r} names both a probe and a source; rename the probe")
@@ -74,21 +88,30 @@ def prepare(
     *,
     tokenizer: TokenizerWrapper | str | Path | None = None,
     folder: str | Path | None = None,
+    backend: str | None = None,
+    workers: int | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> TokenStore:
     """Tokenise a data config into a store and open it; do nothing if it is already there.
 
+    Killed or failed, it may be run again and goes on with the lots that are not finished. They
+    lie beside the store in ``.NAME.partial``, whose size is about the store's own.
+
     Args:
         config: a data config or its name.
         tokenizer: overrides ``config.tokenizer``.
-        folder: overrides ``config.store``.
-        progress: called from time to time.
+        folder: overrides ``config.store``. With Ray, a folder that all machines see.
+        backend: overrides ``config.prepare.backend``: ``local`` or ``ray``.
+        workers: overrides ``config.prepare.workers``: processes of the local backend.
+        progress: called whenever a lot is finished.
 
     Raises:
         ConfigError: no folder is given, or the config is wrong.
-        DataError: a source cannot be read, or a probe or eval set shares a document with
-            training (with ``on_error: skip`` it is dropped from training and counted).
-        StateError: the folder holds a store of another tokenizer or pipeline.
+        DataError: a source cannot be read, the disk is full, or a probe or eval set shares a
+            document with training (with ``on_error: skip`` it is dropped from training and
+            counted).
+        StateError: the folder holds a store of another tokenizer or pipeline, or another
+            process is preparing it.
     """
     config = load_data_config(config)
     target = Path(folder or config.store or "")
@@ -98,89 +121,150 @@ def prepare(
         tokenizer or config.tokenizer, add_bos=config.add_bos, add_eos=config.add_eos
     )
     expected = {"tokenizer": wrapper.fingerprint, "pipeline": pipeline_fingerprint(config)}
-    if (target / MANIFEST).exists():
-        return open_store(target, **expected)
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    seen: dict[int, str] = {}
-    sources: dict[str, Any] = {}
-    skipped: dict[str, dict[str, int]] = {}
-    for name, spec in text_sources(config).items():
-        sources[name], skipped[name] = _prepare_source(
-            name, spec, config, wrapper, partial, seen, progress
-        )
+    workshop = target.with_name(f".{target.name}.partial")
+    if target.exists() and not (target / MANIFEST).exists():
+        raise DataError(f"{target} exists and is not a token store; choose another data.store")
+    if not target.exists() or workshop.exists():  # both: it was killed while tidying up
+        with _alone_in(workshop):
+            if not target.exists():
+                job = Job(workshop / "lots", config, wrapper)
+                lots = lots_of(text_sources(config))
+                _keep_what_fits(workshop, job, expected, lots)
+                chosen = _workers(workers or config.prepare.workers, lots)
+                try:
+                    with open_runner(job, backend or config.prepare.backend, chosen) as run:
+                        _prepare(job, lots, workshop / "store", expected, run, progress)
+                finally:
+                    _sweep(job)  # what a worker was at when another failed
+                os.replace(workshop / "store", target)
+            shutil.rmtree(workshop, ignore_errors=True)
+    return open_store(target, **expected)
+
+
+def _workers(wanted: int | None, lots: Sequence[Lot]) -> int:
+    if wanted is None:
+        size = sum(lot.size for lot in lots)
+        wanted = min(len(os.sched_getaffinity(0)), 1 + size // BYTES_A_WORKER)
+    return max(1, min(wanted, len(lots)))
+
+
+def _prepare(
+    job: Job,
+    lots: Sequence[Lot],
+    folder: Path,
+    expected: dict[str, str],
+    run: Runner,
+    progress: Callable[[Progress], None] | None,
+) -> None:
+    """Map, decide and write everything into ``folder``."""
+    names = list(text_sources(job.config))
+    skipped = {name: Counter[str]() for name in names}
+    documents = tokens = 0
+
+    def tell(step: str, done: int, total: int) -> None:
+        if progress is not None:
+            dropped = sum(sum(counts.values()) for counts in skipped.values())
+            progress(Progress(step, done, total, documents, tokens, dropped))
+
+    for done, (index, facts) in enumerate(run(map_lot, lots), 1):
+        skipped[lots[index].source].update(facts["skipped"])
+        documents, tokens = documents + facts["documents"], tokens + facts["tokens"]
+        tell("map", done, len(lots))
+    decision = decide(job, lots, names, folder, run, lambda *at: tell("decide", *at))
+    for name, reasons in decision.left_out.items():
+        skipped[name].update(reasons)
+    _refuse_nothing(names, decision, skipped)
+    shards: dict[str, dict[str, list[Any]]] = {}
+    plan = plan_shards(decision, names, folder)
+    written: list[Any] = [None] * len(plan)
+    for done, (index, facts) in enumerate(run(write_planned, plan), 1):
+        written[index] = facts
+        tell("write", done, len(plan))
+    for task, facts in zip(plan, written, strict=True):
+        of_source = shards.setdefault(task.source, {})
+        of_source.setdefault(task.split, []).append({"file": task.file, **facts})
     manifest = {
         "schema": SCHEMA,
         **expected,
-        "vocab_size": wrapper.vocab_size,
-        "name": config.name,
-        "sources": sources,
-        "skipped": skipped,
+        "vocab_size": job.tokenizer.vocab_size,
+        "name": job.config.name,
+        "sources": {name: shards.get(name, {}) for name in names},
+        "skipped": {name: dict(sorted(counts.items())) for name, counts in skipped.items()},
+        **({"decontamination": decision.decontamination} if decision.decontamination else {}),
     }
-    write_json(partial / MANIFEST, manifest)
-    if target.exists():
-        raise DataError(f"{target} exists and is not a token store; choose another data.store")
-    os.replace(partial, target)
-    return TokenStore(target, manifest)
+    manifest["blake2b"] = manifest_checksum(manifest)
+    write_json(folder / MANIFEST, manifest)
 
 
-def _prepare_source(
-    name: str,
-    spec: SourceConfig,
-    config: DataConfig,
-    tokenizer: TokenizerWrapper,
-    folder: Path,
-    seen: dict[int, str],
-    progress: Callable[[Progress], None] | None,
-) -> tuple[dict[str, list[dict[str, Any]]], dict[str, int]]:
-    """Write the shards of one source; returns them by split, and counts of what was skipped."""
-    dataset = DocumentSource(
-        name, spec, split=None, splits=config.splits, shuffle=False, on_error=config.on_error
-    )
-    documents: Any = iter(dataset)
-    writers = {split: ShardWriter(folder, name, split, tokenizer.dtype) for split in SPLITS}
-    encode = make_encoder(spec, config, tokenizer)
-    skipped: Counter[str] = Counter()
-    done = tokens_done = 0
-    fresh = _fresh(name, spec, config, documents, seen, skipped)
-    while group := list(itertools.islice(fresh, ENCODE_TOGETHER)):
-        encoded = encode([document for document, _ in group], skipped)
-        for (_, split), document in zip(group, encoded, strict=True):
-            if document is not None:
-                writers[split].add([document])
-                tokens_done += document.tokens.size
-        done += len(group)
-        if progress is not None:
-            progress(Progress(name, done, tokens_done))
-    for writer in writers.values():
-        writer.flush()
-    skipped.update(documents.skipped)
-    return {split: writer.shards for split, writer in writers.items()}, dict(skipped)
-
-
-def _fresh(
-    name: str,
-    spec: SourceConfig,
-    config: DataConfig,
-    documents: Iterator[Document],
-    seen: dict[int, str],
-    skipped: Counter[str],
-) -> Iterator[tuple[Document, str]]:
-    """Documents not seen before, each with its split."""
-    for document in documents:
-        split = split_of(document.id, config.splits, spec.split)
-        before = seen.get(document.id)
-        if before is None:
-            seen[document.id] = split
-            yield document, split
-        elif before == split:
-            skipped["duplicate"] += 1
-        elif config.on_error == "skip":
-            skipped["held_out"] += 1
-        else:
+def _refuse_nothing(
+    names: Sequence[str], decision: Decision, skipped: dict[str, Counter[str]]
+) -> None:
+    for name, count in zip(names, decision.documents, strict=True):
+        if count == 0:
             raise DataError(
-                f"source {name!r}: {document.where} belongs to {split} but is already in "
-                f"{before}; take it out of one of them, give both sources 'split: hash', or "
-                "set on_error: skip to drop it here"
+                f"source {name!r} has no usable document (left out: {dict(skipped[name])}); check "
+                "its paths and text column"
             )
+
+
+# --- the workshop ----------------------------------------------------------------------------
+
+
+@contextmanager
+def _alone_in(workshop: Path) -> Iterator[None]:
+    """Hold the lock of a workshop. The system lets it go with the process, however that ends.
+
+    Raises:
+        StateError: another process holds it.
+    """
+    with explained_disk(workshop):
+        workshop.mkdir(parents=True, exist_ok=True)
+        file = (workshop / "lock").open("w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever held it may have finished and removed it since it was opened.
+            current = os.stat(workshop / "lock").st_ino == os.fstat(file.fileno()).st_ino
+        except (BlockingIOError, FileNotFoundError):
+            current = False
+        if not current:
+            raise StateError(
+                f"another process is preparing into {workshop}; wait for it, or choose another "
+                "data.store"
+            )
+        yield
+
+
+def _keep_what_fits(
+    workshop: Path, job: Job, expected: dict[str, str], lots: Sequence[Lot]
+) -> None:
+    """Keep finished lots if they are of this very work, and remove everything else."""
+    identity = [SCHEMA, expected, [_identity(lot) for lot in lots]]
+    digest = hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
+    plan = workshop / "plan.json"
+    shutil.rmtree(workshop / "store", ignore_errors=True)
+    if not plan.exists() or json.loads(plan.read_text()) != digest:
+        shutil.rmtree(job.folder, ignore_errors=True)
+        plan.unlink(missing_ok=True)
+    _sweep(job)
+    write_json(plan, digest)
+
+
+def _sweep(job: Job) -> None:
+    """Remove lots that were begun and not finished."""
+    for rest in job.folder.glob(".*.partial"):
+        shutil.rmtree(rest, ignore_errors=True)
+
+
+def _identity(lot: Lot) -> Any:
+    """What a lot is made of: files with sizes and times. A hub's addresses name the commit."""
+    files = [[piece.path, piece.size, _modified(piece.path)] for piece in lot.pieces]
+    return [lot.source, files]
+
+
+def _modified(path: str) -> int | None:
+    """When a file changed, ns; None where it is not on this machine."""
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return None

@@ -17,6 +17,7 @@ from dh_jax.data.encoding import Encoder, join
 from dh_jax.data.packing import Shards, Window
 from dh_jax.data.permutation import permuted
 from dh_jax.data.seeding import derive
+from dh_jax.data.shards import BlockGuard
 from dh_jax.data.sources import Document
 from dh_jax.data.store import StoredDocuments
 from dh_jax.errors import DataError
@@ -50,23 +51,32 @@ class StoreWindows(grain.IterDataset[Window]):
         self.documents, self.seed, self.shuffle, self.epochs = documents, seed, shuffle, epochs
         self.count = -(-documents.lengths_D.size // size)  # windows of an epoch
         self._shards = Shards(documents.shards)
+        self._blocks = BlockGuard(documents.checks) if documents.checks else None
 
     def __iter__(self) -> grain.DatasetIterator[Window]:
         return _StoreIterator(self)
 
     def window(self, epoch: int, index: int) -> Window:
-        """The ``index``-th window of an epoch."""
+        """The ``index``-th window of an epoch.
+
+        Raises:
+            DataError: tokens of it are not those that were written.
+        """
         documents, count = self.documents, self.documents.lengths_D.size
         start, stop = index * count // self.count, (index + 1) * count // self.count
         if self.shuffle:
             chosen = permuted(start, stop, count, derive(self.seed, epoch))
         else:
             chosen = np.arange(start, stop)
+        shards, starts = documents.shards_D[chosen], documents.starts_D[chosen]
+        lengths = documents.lengths_D[chosen]
+        if self._blocks is not None:
+            self._blocks.check(shards, starts, lengths)
         return Window(
             self._shards,
-            documents.shards_D[chosen],
-            documents.starts_D[chosen],
-            documents.lengths_D[chosen],
+            shards,
+            starts,
+            lengths,
             documents.ids_D[chosen],
             derive(self.seed, epoch, index),
         )

@@ -63,6 +63,15 @@ def test_prepare_writes_and_verifies(
     target = tmp_path / "store"
     assert cli.main(["prepare", f"data={data_file}", f"data.store={target}", "--verify"]) == 0
     assert "9 shards verified" in capsys.readouterr().out
+    arguments = [f"data={data_file}", f"data.store={target}", "--json", "--verify"]
+    assert cli.main(["prepare", *arguments]) == 0
+    totals = json.loads(capsys.readouterr().out)
+    assert totals["verified"] == 9 and totals["store"] == str(target)
+    assert set(totals["sources"]) == {"code", "mail", "sums"}
+    for counts in totals["sources"].values():
+        assert counts["train"]["tokens"] > counts["probe"]["tokens"] > 0
+    left_out = [counts["left_out"] for counts in totals["sources"].values()]
+    assert sum(reasons.get("duplicate", 0) for reasons in left_out) > 0
 
 
 def test_a_dry_run_prices_and_starts_nothing(

@@ -11,7 +11,7 @@ from dh_jax.data.encoding import make_encoder
 from dh_jax.data.packing import PackedDataset, Window
 from dh_jax.data.seeding import derive
 from dh_jax.data.sources import DocumentSource
-from dh_jax.data.store import TokenStore
+from dh_jax.data.store import StoredDocuments
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.data.windows import StoreWindows, StreamWindows
 
@@ -24,7 +24,7 @@ class PretrainDataset(PackedDataset):
         spec: where its documents are.
         config: row length, packing, splits, error policy and seed.
         tokenizer: used when streaming.
-        store: read prepared documents from here instead of streaming them.
+        documents: prepared ones to read instead of streaming; see `TokenStore.documents`.
         split: train, probe or eval.
         seed: orders documents and rows; epochs differ by themselves.
         shuffle: False keeps the documents' order (evaluation).
@@ -41,7 +41,7 @@ class PretrainDataset(PackedDataset):
         config: DataConfig,
         *,
         tokenizer: TokenizerWrapper,
-        store: TokenStore | None = None,
+        documents: StoredDocuments | None = None,
         split: str = "train",
         seed: int = 0,
         shuffle: bool = True,
@@ -52,9 +52,9 @@ class PretrainDataset(PackedDataset):
         own_seed = derive(seed, name, split)
         epochs = spec.max_epochs if repeat else 1
         windows: grain.IterDataset[Window]
-        if store is not None:
+        if documents is not None:
             windows = StoreWindows(
-                store.documents(name, split),
+                documents,
                 config.packing.window,
                 seed=own_seed,
                 shuffle=shuffle,
