@@ -20,8 +20,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dh_jax.errors import ConfigError
 from dh_jax.schema import (
+    CONVERSATION_COLUMNS,
     SOURCE_KINDS,
     SPLITS,
+    ConversationConfig,
     DataConfig,
     FilesSource,
     HubSource,
@@ -38,8 +40,10 @@ from dh_jax.schema import (
 )
 
 __all__ = [
+    "CONVERSATION_COLUMNS",
     "SOURCE_KINDS",
     "SPLITS",
+    "ConversationConfig",
     "DataConfig",
     "FilesSource",
     "HubSource",
@@ -197,13 +201,18 @@ def source_config(name: str, raw: Any) -> SourceConfig:
         fields["text"] = {"column": None, "columns": text}
     elif isinstance(text, Mapping):  # the default column gives way to what is named
         fields["text"] = {"column": None, **text}
+        if isinstance(text.get("conversation"), str):  # conversation: sharegpt
+            fields["text"]["conversation"] = {"shape": text["conversation"]}
     source = typed(SOURCE_KINDS[kind], fields, where=f"source {name!r}")
-    chosen = [source.text.column, source.text.columns, source.text.template]
+    conversation = source.text.conversation
+    chosen = [source.text.column, source.text.columns, source.text.template, conversation]
     if sum(choice is not None for choice in chosen) != 1:
         raise ConfigError(
-            f"source {name!r}: text needs exactly one of column, columns, template; "
+            f"source {name!r}: text needs exactly one of column, columns, template, conversation; "
             f"got {[c for c in chosen if c is not None]}"
         )
+    if conversation is not None:
+        _check_conversation(f"source {name!r}: text.conversation", conversation)
     _one_of(f"source {name!r}: split", source.split, ("hash", *SPLITS))
     if source.weight is not None and not (math.isfinite(source.weight) and source.weight >= 0):
         raise ConfigError(f"source {name!r}: weight {source.weight} must be finite and >= 0")
@@ -214,6 +223,17 @@ def source_config(name: str, raw: Any) -> SourceConfig:
     if isinstance(source, HubSource) and not source.path:
         raise ConfigError(f"source {name!r}: path is empty; name a data set, e.g. org/name")
     return source
+
+
+def _check_conversation(label: str, conversation: ConversationConfig) -> None:
+    _one_of(f"{label}.shape", conversation.shape, tuple(CONVERSATION_COLUMNS))
+    _one_of(f"{label}.too_long", conversation.too_long, ("truncate", "drop"))
+    _one_of(f"{label}.dropped_text", conversation.dropped_text, ("refuse", "keep"))
+    known = (*CONVERSATION_COLUMNS[conversation.shape], "system", "tools")
+    for key, column in conversation.columns.items():
+        _one_of(f"{label}.columns: key", key, known)
+        if column is None and key not in ("input", "system", "tools"):
+            raise ConfigError(f"{label}.columns.{key} is null; the shape cannot do without it")
 
 
 def validate_data(config: DataConfig) -> DataConfig:
