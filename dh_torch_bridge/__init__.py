@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dh_jax.config import load_data_config
+    from dh_jax.data.datasets.sft import SFTDataset
     from dh_jax.influence.optimizer import InfluenceAwareOptimizer
     from dh_torch_bridge.data import get_loader
 
 _HOMES = {
     "InfluenceAwareOptimizer": "dh_jax.influence.optimizer",
+    "SFTDataset": "dh_jax.data.datasets.sft",
     "get_loader": "dh_torch_bridge.data",
     "load_data_config": "dh_jax.config",
 }
 
-__all__ = ["InfluenceAwareOptimizer", "get_loader", "load_data_config"]
+__all__ = ["InfluenceAwareOptimizer", "SFTDataset", "get_loader", "load_data_config"]
 
 
 def __getattr__(name: str) -> Any:

@@ -80,15 +80,16 @@ def learn_frame(tokenizer: TokenizerWrapper, variables: Mapping[str, Any]) -> Fr
         raise ConfigError(
             f"the chat template does not render a plain conversation ({error}); {cure}"
         ) from error
-    # A prompt may begin the answer as well ("<think>"), or be less than stands before answers.
-    full = prompt if first.startswith(prompt) else first
-    if not prompt.startswith(full):
+    # A prompt may begin the answer as well ("<think>"), or be less than stands before answers. A
+    # template that prompts whether asked to or not, or never, has all that in front of answers.
+    full = prompt if prompt != end and first.startswith(prompt) else first
+    if prompt != end and not prompt.startswith(full):
         raise ConfigError(
             f"the chat template opens an answer with {first!r} but prompts for one with "
             f"{prompt!r}, so where answers begin is not known; take another template"
         )
     after_user = len(end)
-    if end == prompt:  # it prompts whether asked to or not: cut behind the user's control token
+    if prompt == end:  # then the user's turn ends behind its control token
         found = control.search(full)
         after_user = found.end() if found else 0
     header = full[after_user:] or full

@@ -61,7 +61,8 @@ CASES = {
             ("'<|im_start|>' + message.role + '\\n<think>", "'<think>", 1),
             ("'<|im_start|>' + message.role + '\\n' + content }}", "content }}", 2),
             ("{{- '<|im_end|>\\n' }}\n    {%- elif message.role == \"tool\"",
-             "{{- '<|im_end|>' }}" + END + "{{- '\\n' }}\n    {%- elif message.role == \"tool\"", 1),
+             "{{- '<|im_end|>' }}" + END
+             + "{{- '\\n' }}\n    {%- elif message.role == \"tool\"", 1),
         ],
     ),
     "gemma3": Case(
