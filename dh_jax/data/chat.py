@@ -28,7 +28,7 @@ from dh_jax.errors import ConfigError, DataError
 _SENTINEL = re.compile("\ufdd0([0-9]+)\ufdd1")
 _LITERAL, _LITERAL_END = "\ufdd2", "\ufdd3"
 _MARKS = re.compile("[\ufdd2\ufdd3]")
-_RESERVED = re.compile("[\ufdd0-\ufdd3]")
+_RESERVED = "\ufdd0\ufdd1\ufdd2\ufdd3"
 
 
 class Frame(NamedTuple):
@@ -125,7 +125,7 @@ def render_conversation(tokenizer: TokenizerWrapper, frame: Frame, document: str
         Fault: the template refuses the conversation (``template_refuses``), or writes it in a
             way in which answers cannot be told from the rest (``answers_not_found``).
     """
-    if not document.isascii() and _RESERVED.search(document):
+    if not document.isascii() and any(mark in document for mark in _RESERVED):
         raise Fault("not_text", "U+FDD0 to U+FDD3 are no characters of a text")
     marked = frame.control.sub(f"{_LITERAL}\\g<0>{_LITERAL_END}", document)
     messages, tools = parse_conversation(marked)
@@ -147,12 +147,11 @@ def render_conversation(tokenizer: TokenizerWrapper, frame: Frame, document: str
     whole, answered = True, 0
     for message in messages:
         if message["role"] == "assistant":
-            start, end = spans[answered]
-            whole = whole and _holds(text[start:end], message)
+            whole = whole and _complete(text, spans[answered], message)
             answered += 1
         else:
-            content = message["content"].strip()  # mostly near: in the wall, not only in the text
-            whole = whole and (content in walls[answered] or _repeats(text, content))
+            content = message["content"]  # mostly near: in the wall, not only in the text
+            whole = whole and (content in walls[answered] or _repeats(text, content.strip()))
     if tools and walled == tokenizer.render_chat(blank, **frame.variables):
         whole = False  # the template knows of no tools
     return Rendered(text, spans, whole)
@@ -199,14 +198,14 @@ def _between(text: str, walls: list[str], stop: re.Pattern[str]) -> list[tuple[i
     return spans
 
 
-def _holds(written: str, message: Message) -> bool:
-    """Whether an answer as written has all that the message has; white space is not compared."""
+def _complete(text: str, span: tuple[int, int], message: Message) -> bool:
+    """Whether an answer as written has all that its message has, but for white space."""
     content = message["content"] or ""
-    parts = [content, message.get("reasoning_content"), message.get("thinking")]
-    parts += [(call.get("function") or call).get("name") for call in message.get("tool_calls", ())]
-    if parts[1:] == [None, None] and content.strip() in written:
+    if len(message) == 2 and text.startswith(content, *span):  # role and content alone
         return True
-    squeezed = "".join(written.split())
+    squeezed = "".join(text[span[0] : span[1]].split())
+    parts = [content, message.get("reasoning_content")]
+    parts += [(call.get("function") or call).get("name") for call in message.get("tool_calls", ())]
     return all("".join(part.split()) in squeezed for part in parts if isinstance(part, str))
 
 
@@ -244,11 +243,10 @@ def answer_mask(
     Returns:
         ``[n]``, and one past the last token of every answer.
     """
+    bounds_A2 = np.array(answers_A2, np.int64).reshape(-1, 2)
+    firsts = located.ends_n.searchsorted(bounds_A2[:, 0], side="right").tolist()
+    ends = located.starts_n.searchsorted(bounds_A2[:, 1], side="left").tolist()
     mask_n = np.zeros(located.ids.size, np.bool_)
-    ends = []
-    for start, end in answers_A2:
-        first = int(np.searchsorted(located.ends_n, start, side="right"))
-        last = int(np.searchsorted(located.starts_n, end, side="left"))
-        mask_n[first:last] = True
-        ends.append(last)
+    for first, end in zip(firsts, ends, strict=True):
+        mask_n[first:end] = True
     return mask_n, ends

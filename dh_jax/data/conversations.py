@@ -135,8 +135,9 @@ def _content(value: Any) -> str:
         return value
     if isinstance(value, list):
         texts = [part.get("text") if isinstance(part, Mapping) else part for part in value]
-        if all(isinstance(text, str) for text in texts):
-            return "".join(texts)
+        words = [text for text in texts if isinstance(text, str)]
+        if len(words) == len(texts):
+            return "".join(words)
     raise Fault("not_text", f"a turn holds {type(value).__name__} {str(value)[:40]!r}, not text")
 
 

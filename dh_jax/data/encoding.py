@@ -96,7 +96,9 @@ def conversation_encoder(
             "take another template, or set text.conversation.dropped_text: keep",
         )
 
-    def finish(document: Document, located: Located, rendered: Rendered) -> TokenDocument | Fault:
+    def finish(
+        document: Document, located: Located, rendered: Rendered, skipped: Counter[str]
+    ) -> TokenDocument | Fault:
         mask, ends = answer_mask(located, rendered.answers_A2)
         length = mask.size
         if length > config.max_length:
@@ -104,6 +106,7 @@ def conversation_encoder(
             if conversation.too_long == "drop" or not fitting:
                 return Fault("too_long")
             length = fitting[-1]
+            skipped["shortened"] += 1
         if not mask[1:length].any():  # the first token of a document is nobody's target
             return Fault("nothing_learnt", "no token of it would be learnt")
         size = len(document.text.encode())
@@ -114,22 +117,22 @@ def conversation_encoder(
         texts = [each.text for each in rendered if isinstance(each, Rendered)]
         located = iter(encode_conversations(tokenizer, texts))
         encoded: list[TokenDocument | None] = []
+        found: TokenDocument | Fault
         for document, each in zip(documents, rendered, strict=True):
             if isinstance(each, Rendered):
-                tokens = next(located)
-                result = finish(document, tokens, each)
-                if isinstance(result, TokenDocument) and result.tokens.size < tokens.ids.size:
-                    skipped["shortened"] += 1
+                found = finish(document, next(located), each, skipped)
             else:
-                result = each
-            if isinstance(result, Fault):
-                if result.reason != "too_long" and config.on_error == "raise":
-                    raise DataError(
-                        f"{document.where}: {result}; or set on_error: skip to skip and count "
-                        "such conversations"
-                    )
-                skipped[result.reason] += 1
-            encoded.append(None if isinstance(result, Fault) else result)
+                found = each
+            if not isinstance(found, Fault):
+                encoded.append(found)
+                continue
+            if found.reason != "too_long" and config.on_error == "raise":
+                raise DataError(
+                    f"{document.where}: {found}; or set on_error: skip to skip and count "
+                    "such conversations"
+                )
+            skipped[found.reason] += 1
+            encoded.append(None)
         return encoded
 
     return encode

@@ -69,18 +69,18 @@ def _tracked(backend: Tokenizer, texts: list[str], dtype: DTypeLike) -> list[Loc
 
 
 def _added_up(text: str, ids: NDArray[Any], spelt_bytes_V: Ints) -> Located | None:
-    ends = np.cumsum(spelt_bytes_V[ids])
+    lengths = spelt_bytes_V[ids]
+    ends = np.cumsum(lengths)
     if text.isascii():
         if ids.size and ends[-1] != len(text):
             return None
-        return Located(ids, ends - spelt_bytes_V[ids], ends)
+        return Located(ids, ends - lengths, ends)
     raw = np.frombuffer(text.encode(), np.uint8)
     if not ids.size or ends[-1] != raw.size or not unicodedata.is_normalized("NFC", text):
         return None
     # The character of each byte: continuation bytes are 10xxxxxx.
     characters = np.cumsum((raw & 0xC0) != 0x80)
-    starts = ends - spelt_bytes_V[ids]
-    return Located(ids, characters[starts] - 1, characters[ends - 1])
+    return Located(ids, characters[ends - lengths] - 1, characters[ends - 1])
 
 
 def spelt_bytes(tokenizer: Tokenizer, vocab_size: int) -> Ints | None:

@@ -22,7 +22,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dh_jax.data.offsets import Located, locate, spelt_bytes
 from dh_jax.data.templates import Render, template_renderer
-from dh_jax.data.tokenizer_files import TokenizerParts, parts_of_transformers, read_tokenizer
+from dh_jax.data.tokenizer_files import (
+    END_OF_TEXT,
+    TokenizerParts,
+    parts_of_transformers,
+    read_tokenizer,
+    with_usual_names,
+)
 from dh_jax.data.vocabulary import (
     RoundTrip,
     byte_characters,
@@ -31,14 +37,6 @@ from dh_jax.data.vocabulary import (
     token_bytes,
 )
 from dh_jax.errors import ConfigError, DataError
-
-END_OF_TEXT = "<|endoftext|>"
-# What a bare tokenizer.json, which names no roles, commonly calls them; first match wins.
-_USUAL_NAMES = {
-    "bos_token": ("<s>", "<bos>", "<|begin_of_text|>"),
-    "eos_token": (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>"),
-    "pad_token": ("<pad>", "[PAD]", "<|pad|>"),
-}
 
 
 class TokenizerWrapper:
@@ -60,7 +58,7 @@ class TokenizerWrapper:
         backend.encode_special_tokens = True  # control tokens spelt out in text stay text
         self._backend = backend
         vocab = backend.get_vocab(with_added_tokens=True)
-        self.special_tokens = _with_usual_names(backend, parts.special_tokens)
+        self.special_tokens = with_usual_names(backend, parts.special_tokens)
         self.chat_template = parts.chat_template
         self.vocab_size: int = 1 + max(vocab.values(), default=-1)
         self.dtype: type[np.uint16 | np.uint32] = (
@@ -369,14 +367,6 @@ def _restore(
 ) -> TokenizerWrapper:
     parts = TokenizerParts(Tokenizer.from_str(state), special, template)
     return TokenizerWrapper(parts, add_bos=add_bos, add_eos=add_eos)
-
-
-def _with_usual_names(backend: Tokenizer, given: Mapping[str, str]) -> dict[str, str]:
-    if given:
-        return dict(given)
-    control = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
-    found = {role: [n for n in names if n in control] for role, names in _USUAL_NAMES.items()}
-    return {role: names[0] for role, names in found.items() if names}
 
 
 def _bad_text(texts: Sequence[Any]) -> DataError:

@@ -96,6 +96,16 @@ def test_what_cannot_be_learnt_is_an_error_with_its_place_or_counted(
     assert document is not None
 
 
+@pytest.mark.parametrize("repeat", [False, True])
+def test_a_source_of_which_nothing_is_kept_is_an_error(repeat: bool, chats: Path) -> None:
+    data = config(chats, max_length=16)  # the template's system turn alone is longer
+    with (
+        dh_jax.get_loader(data, batch_size=2, repeat=repeat) as loader,
+        pytest.raises(DataError, match=r"every document of the pass was left out \({'too_long'"),
+    ):
+        next(loader)
+
+
 def test_a_tokenizer_without_chat_template_is_refused_before_anything_is_read(
     bpe: TokenizerWrapper,
 ) -> None:
