@@ -184,11 +184,8 @@ class TokenizerWrapper:
         Args:
             texts: of documents, or of chat templates.
             rendered: whether control tokens spelt in the texts are parsed.
-
-        Raises:
-            DataError: as `encode_batch`.
         """
-        backend = self._parsing_backend if rendered else self._backend
+        backend = self._parsing_backend if rendered else self._plain_backend
         try:
             located = locate(backend, list(texts), self._spelt_bytes_V, self.dtype)
         except TypeError as error:
@@ -207,6 +204,12 @@ class TokenizerWrapper:
         state = json.loads(self._backend.to_str())
         state["post_processor"] = None  # a byte-level one would trim spaces off the offsets
         return Tokenizer.from_str(json.dumps(state))
+
+    @cached_property
+    def _plain_backend(self) -> Tokenizer:
+        backend = Tokenizer.from_str(self._parsing_backend.to_str())
+        backend.encode_special_tokens = True
+        return backend
 
     def decode(self, ids: ArrayLike) -> str:
         """The text of ids ``[n]``, control tokens spelt out; broken UTF-8 becomes U+FFFD."""
@@ -233,9 +236,6 @@ class TokenizerWrapper:
             tools: JSON schemas of the functions the assistant may call.
             add_generation_prompt: end with the opening of an answer.
             variables: others that the template reads, such as ``enable_thinking``.
-
-        Returns:
-            Text with control tokens in it, for `encode_rendered`.
 
         Raises:
             ConfigError: the tokenizer has no chat template, or Jinja is missing.

@@ -21,9 +21,11 @@ def assert_tracked(tokenizer: TokenizerWrapper, texts: list[str]) -> int:
     """Ids and places of texts are those that the Rust tokenizer tracks; how many added up."""
     fast = 0
     for rendered in (False, True):
-        backend = tokenizer._parsing_backend if rendered else tokenizer._backend
+        backend = tokenizer._parsing_backend if rendered else tokenizer._plain_backend
         located = tokenizer.encode_located(texts, rendered=rendered)
-        for text, each, encoding in zip(texts, located, backend.encode_batch(texts), strict=True):
+        for text, each, encoding in zip(
+            texts, located, backend.encode_batch(texts, add_special_tokens=False), strict=True
+        ):
             assert each.ids.tolist() == encoding.ids
             offsets = list(zip(each.starts_n.tolist(), each.ends_n.tolist(), strict=True))
             assert offsets == encoding.offsets
