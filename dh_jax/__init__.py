@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dh_jax.batch import Batch, Origins
     from dh_jax.config import DataConfig, load_data_config
     from dh_jax.data.datasets.pretrain import PretrainDataset
+    from dh_jax.data.datasets.sft import SFTDataset
     from dh_jax.data.loader import get_loader
     from dh_jax.data.mixing import MixedDataset
     from dh_jax.data.packing import PackedDataset
@@ -31,6 +32,7 @@ _HOMES = {
     "Origins": "dh_jax.batch",
     "PackedDataset": "dh_jax.data.packing",
     "PretrainDataset": "dh_jax.data.datasets.pretrain",
+    "SFTDataset": "dh_jax.data.datasets.sft",
     "TokenizerWrapper": "dh_jax.data.tokenization",
     "get_loader": "dh_jax.data.loader",
     "load_data_config": "dh_jax.config",
@@ -45,6 +47,7 @@ __all__ = [
     "Origins",
     "PackedDataset",
     "PretrainDataset",
+    "SFTDataset",
     "TokenizerWrapper",
     "__version__",
     "get_loader",

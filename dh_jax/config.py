@@ -9,7 +9,6 @@ application. Unknown keys are refused everywhere.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,11 +18,22 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dh_jax.errors import ConfigError
+from dh_jax.rules import (
+    decisive_spec,
+    one_of,
+    public_run,
+    public_spec,
+    suggest,
+    validate_model,
+    weights_of,
+)
 from dh_jax.schema import (
+    CONVERSATION_COLUMNS,
     FILE_FORMATS,
     SOURCE_KINDS,
     SPLITS,
     TOKEN_SOURCES,
+    ConversationConfig,
     DataConfig,
     DecontaminationConfig,
     DistributedConfig,
@@ -48,10 +58,12 @@ from dh_jax.schema import (
 )
 
 __all__ = [
+    "CONVERSATION_COLUMNS",
     "FILE_FORMATS",
     "SOURCE_KINDS",
     "SPLITS",
     "TOKEN_SOURCES",
+    "ConversationConfig",
     "DataConfig",
     "DecontaminationConfig",
     "DistributedConfig",
@@ -90,8 +102,6 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-
-WEIGHT_SUM_TOLERANCE = 1e-6
 
 
 # --- finding and reading ---------------------------------------------------------------------
@@ -188,12 +198,6 @@ def explain(error: Exception, cls: type, where: str) -> str:
     return f"{where}: {text}"
 
 
-def suggest(word: str, known: Sequence[str]) -> str:
-    """A hint at the nearest known name, or nothing."""
-    near = difflib.get_close_matches(word, known, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
-
-
 def _untyped(config: DataConfig) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
@@ -223,26 +227,31 @@ def source_config(name: str, raw: Any) -> SourceConfig:
         fields["text"] = {"column": None, "columns": text}
     elif isinstance(text, Mapping):  # the default column gives way to what is named
         fields["text"] = {"column": None, **text}
+        if isinstance(text.get("conversation"), str):  # conversation: sharegpt
+            fields["text"]["conversation"] = {"shape": text["conversation"]}
     source = typed(SOURCE_KINDS[kind], fields, where=f"source {name!r}")
-    chosen = [source.text.column, source.text.columns, source.text.template]
+    conversation = source.text.conversation
+    chosen = [source.text.column, source.text.columns, source.text.template, conversation]
     if sum(choice is not None for choice in chosen) != 1:
         raise ConfigError(
-            f"source {name!r}: text needs exactly one of column, columns, template; "
+            f"source {name!r}: text needs exactly one of column, columns, template, conversation; "
             f"got {[c for c in chosen if c is not None]}"
         )
-    _one_of(f"source {name!r}: split", source.split, ("hash", *SPLITS))
+    if conversation is not None:
+        _check_conversation(f"source {name!r}: text.conversation", conversation)
+    one_of(f"source {name!r}: split", source.split, ("hash", *SPLITS))
     if source.weight is not None and not (math.isfinite(source.weight) and source.weight >= 0):
         raise ConfigError(f"source {name!r}: weight {source.weight} must be finite and >= 0")
     if source.max_epochs is not None and source.max_epochs < 1:
         raise ConfigError(f"source {name!r}: max_epochs is {source.max_epochs}; the least is 1")
     if isinstance(source, FilesSource):
-        _one_of(f"source {name!r}: format", source.format, ("auto", *FILE_FORMATS))
+        one_of(f"source {name!r}: format", source.format, ("auto", *FILE_FORMATS))
         if not source.paths:
             raise ConfigError(f"source {name!r}: paths is empty; name files, folders or globs")
     if isinstance(source, HubSource) and not source.path:
         raise ConfigError(f"source {name!r}: path is empty; name a data set, e.g. org/name")
     if isinstance(source, TOKEN_SOURCES):
-        _one_of(f"source {name!r}: ids", source.ids, ("position", "content"))
+        one_of(f"source {name!r}: ids", source.ids, ("position", "content"))
         if not source.path:
             raise ConfigError(f"source {name!r}: path is empty; name the token files")
     for label, value, least in (
@@ -256,37 +265,15 @@ def source_config(name: str, raw: Any) -> SourceConfig:
     return source
 
 
-def public_spec(spec: SourceConfig) -> dict[str, Any]:
-    """A source as plain values for fingerprints, logs and saved configs.
-
-    Left out are options that may hold secrets (``storage_options``) and patience with the
-    network (``retry``), which decides nothing about the documents.
-    """
-    values = dataclasses.asdict(spec)
-    for key in ("storage_options", "retry"):
-        values.pop(key, None)
-    return values
-
-
-def decisive_spec(spec: SourceConfig) -> dict[str, Any]:
-    """What decides which documents a source has, as plain values for fingerprints: neither how
-    often nor in what order they are read."""
-    values = public_spec(spec)
-    for key in ("weight", "max_epochs", "interleave"):
-        del values[key]
-    return values
-
-
-def public_run(config: Any) -> dict[str, Any]:
-    """A run's config as plain values for its folder and for logs; see `public_spec`."""
-    values = dataclasses.asdict(config)
-    for group in ("sources", "probes"):
-        specs = getattr(config.data, group)
-        values["data"][group] = {
-            name: public_spec(spec) if isinstance(spec, SourceConfig) else spec
-            for name, spec in specs.items()
-        }
-    return values
+def _check_conversation(label: str, conversation: ConversationConfig) -> None:
+    one_of(f"{label}.shape", conversation.shape, tuple(CONVERSATION_COLUMNS))
+    one_of(f"{label}.too_long", conversation.too_long, ("truncate", "drop"))
+    one_of(f"{label}.dropped_text", conversation.dropped_text, ("refuse", "keep"))
+    known = (*CONVERSATION_COLUMNS[conversation.shape], "system", "tools")
+    for key, column in conversation.columns.items():
+        one_of(f"{label}.columns: key", key, known)
+        if column is None and key not in ("input", "system", "tools"):
+            raise ConfigError(f"{label}.columns.{key} is null; the shape cannot do without it")
 
 
 def validate_data(config: DataConfig) -> DataConfig:
@@ -306,11 +293,11 @@ def validate_data(config: DataConfig) -> DataConfig:
         else:
             probes[name] = source_config(name, raw)
     weights_of(sources)
-    _one_of("packing.strategy", config.packing.strategy, ("best_fit", "first_fit", "concat"))
-    _one_of("packing.long_documents", config.packing.long_documents, ("split", "truncate"))
-    _one_of("weight_unit", config.weight_unit, ("tokens", "rows", "trained_tokens"))
-    _one_of("exhausted", config.exhausted, ("renormalise", "stop"))
-    _one_of("on_error", config.on_error, ("raise", "skip"))
+    one_of("packing.strategy", config.packing.strategy, ("best_fit", "first_fit", "concat"))
+    one_of("packing.long_documents", config.packing.long_documents, ("split", "truncate"))
+    one_of("weight_unit", config.weight_unit, ("tokens", "rows", "trained_tokens"))
+    one_of("exhausted", config.exhausted, ("renormalise", "stop"))
+    one_of("on_error", config.on_error, ("raise", "skip"))
     for label, value, least in (
         ("max_length", config.max_length, 2),
         ("packing.window", config.packing.window, 1),
@@ -332,8 +319,8 @@ def validate_data(config: DataConfig) -> DataConfig:
 
 def _checked_prepare(config: PrepareConfig) -> PrepareConfig:
     near, clean = config.near_duplicates, config.decontamination
-    _one_of("prepare.backend", config.backend, ("local", "ray"))
-    _one_of("prepare.near_duplicates.action", near.action, ("ignore", "drop", "together"))
+    one_of("prepare.backend", config.backend, ("local", "ray"))
+    one_of("prepare.near_duplicates.action", near.action, ("ignore", "drop", "together"))
     if not 0 < near.threshold <= 1:
         raise ConfigError(
             f"prepare.near_duplicates.threshold is {near.threshold}; it must be above 0, at most 1"
@@ -350,60 +337,3 @@ def _checked_prepare(config: PrepareConfig) -> PrepareConfig:
             raise ConfigError(f"prepare.{label} is {value}; the least is {least}")
     against = {name: source_config(name, raw) for name, raw in clean.against.items()}
     return dataclasses.replace(config, decontamination=dataclasses.replace(clean, against=against))
-
-
-def weights_of(sources: Mapping[str, SourceConfig]) -> dict[str, float]:
-    """Mixture weights by source name: as given (they must sum to 1), or equal if none is."""
-    given = {n: s.weight for n, s in sources.items() if s.weight is not None}
-    if not given:
-        return dict.fromkeys(sources, 1.0 / len(sources))
-    missing = [n for n in sources if n not in given]
-    if missing:
-        raise ConfigError(
-            f"sources {', '.join(missing)} have no weight but others do; "
-            "give every source a weight, or none for equal shares"
-        )
-    total = sum(given.values())
-    if abs(total - 1.0) > WEIGHT_SUM_TOLERANCE:
-        if total > 0:
-            scaled = ", ".join(f"{n}: {w / total:.4g}" for n, w in given.items())
-            cure = f"to keep their ratios write {scaled}"
-        else:
-            cure = "give at least one source a positive weight"
-        raise ConfigError(f"source weights sum to {total:g}, not 1; {cure}")
-    return {n: float(w) for n, w in given.items()}
-
-
-def validate_model(config: ModelConfig) -> None:
-    """Refuse a shape that no decoder has.
-
-    Raises:
-        ConfigError: one line with the field, its value and what it must be.
-    """
-    for name in ("width", "layers", "heads", "kv_heads", "mlp_width"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"model.{name} is {getattr(config, name)}; the least is 1")
-    if config.heads % config.kv_heads:
-        raise ConfigError(
-            f"model.heads {config.heads} is not a multiple of model.kv_heads {config.kv_heads}; "
-            f"kv_heads must divide {config.heads}"
-        )
-    if config.head_width is None and config.width % config.heads:
-        raise ConfigError(
-            f"model.width {config.width} is not a multiple of model.heads {config.heads}; "
-            "change one of them, or set model.head_width"
-        )
-    head_width = config.width // config.heads if config.head_width is None else config.head_width
-    if head_width < 2 or head_width % 2:
-        raise ConfigError(f"model.head_width is {head_width}; rotary positions need an even number")
-    for name in ("rope_theta", "norm_epsilon", "init_scale"):
-        if not getattr(config, name) > 0:
-            raise ConfigError(f"model.{name} is {getattr(config, name)}; it must be above 0")
-    _one_of("model.dtype", config.dtype, ("float32", "bfloat16"))
-
-
-def _one_of(label: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ConfigError(
-            f"{label} is {value!r}{suggest(value, allowed)}; allowed: {', '.join(allowed)}"
-        )

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 
 from dh_jax.batch import Batch
 from dh_jax.config import RunConfig, weights_of
-from dh_jax.data.prepare import pipeline_fingerprint
-from dh_jax.data.store import open_store
+from dh_jax.data.prepare import open_prepared
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.functions import Params
 from dh_jax.mixing.registry import make_policy
@@ -60,9 +59,7 @@ def price_run(config: RunConfig) -> Price:
     weights = dict(zip(configured, start_M.tolist(), strict=True))
     available: dict[str, int | None] = dict.fromkeys(weights)
     if data.store is not None:
-        store = open_store(
-            data.store, tokenizer=tokenizer.fingerprint, pipeline=pipeline_fingerprint(data)
-        )
+        store = open_prepared(data, tokenizer)
         available = {name: store.total(name, "train", "tokens") for name in weights}
     flops = decoder.flops_per_token(config.model, vocab_size, data.max_length)
     flops_per_step = flops * training.batch_size * data.max_length

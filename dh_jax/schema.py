@@ -11,18 +11,42 @@ from typing import Any
 SPLITS = ("train", "probe", "eval")
 # array_record holds JSON objects, array_record_text plain UTF-8.
 FILE_FORMATS = ("jsonl", "parquet", "arrow", "text", "array_record", "array_record_text")
+# What each shape of a conversation reads from a record.
+CONVERSATION_COLUMNS = {
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "instruction": ("instruction", "input", "output"),
+    "prompt_completion": ("prompt", "completion"),
+}
 
 
 # --- data ------------------------------------------------------------------------------------
 
 
 @dataclass
-class TextConfig:
-    """How a record becomes text: one column, several joined by a separator, or a template.
+class ConversationConfig:
+    """How a record is a conversation, and what becomes of one that does not fit.
 
-    Exactly one of ``column``, ``columns`` and ``template`` is set. ``template`` is a Python
-    format string over the record's columns, for example ``"{sentence} => {label}"``; ``choices``
-    maps an integer column to words first (class labels).
+    ``columns`` renames what a shape reads: ``messages``; ``conversations`` (sharegpt);
+    ``instruction, input, output``; ``prompt, completion``; and, only if named, ``system`` and
+    ``tools``. For example ``{output: response, input: null}`` (there is no input).
+    """
+
+    shape: str = "messages"  # messages, sharegpt, instruction, prompt_completion
+    columns: dict[str, str | None] = field(default_factory=dict)
+    too_long: str = "truncate"  # than a row: truncate (after the last answer that fits) or drop
+    dropped_text: str = "refuse"  # or keep: answers of which the chat template leaves text out
+    variables: dict[str, Any] = field(default_factory=dict)  # of the chat template
+
+
+@dataclass
+class TextConfig:
+    """How a record becomes text: one column, several joined by a separator, a template, or a
+    conversation.
+
+    Exactly one of ``column``, ``columns``, ``template`` and ``conversation`` is set. ``template``
+    is a Python format string over the record's columns, for example ``"{sentence} => {label}"``;
+    ``choices`` maps an integer column to words first (class labels).
     """
 
     column: str | None = None
@@ -30,6 +54,7 @@ class TextConfig:
     separator: str = "\n\n"
     template: str | None = None
     choices: dict[str, list[str]] = field(default_factory=dict)
+    conversation: ConversationConfig | None = None
 
 
 @dataclass

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dh_jax.config import load_data_config
+    from dh_jax.data.datasets.sft import SFTDataset
     from dh_jax.influence.optimizer import InfluenceAwareOptimizer
     from dh_torch_bridge.data import document_mask, get_loader
     from dh_torch_bridge.distributed.fsdp2 import distribute
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "InfluenceAwareOptimizer": "dh_jax.influence.optimizer",
+    "SFTDataset": "dh_jax.data.datasets.sft",
     "data_shard": "dh_torch_bridge.distributed.mesh",
     "distribute": "dh_torch_bridge.distributed.fsdp2",
     "document_mask": "dh_torch_bridge.data",
@@ -28,6 +30,7 @@ _HOMES = {
 
 __all__ = [
     "InfluenceAwareOptimizer",
+    "SFTDataset",
     "data_shard",
     "distribute",
     "document_mask",

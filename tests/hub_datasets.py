@@ -148,6 +148,33 @@ def build_hub(root: Path) -> dict[str, list[str]]:
     return texts
 
 
+def build_smoltalk(root: Path) -> list[list[dict[str, str]]]:
+    """HuggingFaceTB/smoltalk; returns the messages of its configuration ``all``, in order."""
+    smoltalk = root / "HuggingFaceTB" / "smoltalk"
+    splits = ("train", "test")
+    names = {name: {s: f"data/{name}/{s}-*" for s in splits} for name in ("all", "smol-rewrite")}
+    features = ["- name: messages", "  list:", "  - name: content", "    dtype: string"]
+    features += ["  - name: role", "    dtype: string", "- name: source", "  dtype: string"]
+    configs_card(smoltalk, names, features)
+    turns = [
+        [
+            {"content": t, "role": ("user", "assistant")[i % 2]}
+            for i, t in enumerate(TEXTS[k : k + 4])
+        ]
+        for k in range(0, 40, 4)
+    ]
+    for chosen in turns[::3]:
+        chosen.insert(0, {"content": "You are terse.", "role": "system"})
+    for k, part in enumerate((turns[:6], turns[6:])):
+        rows = {"messages": part, "source": ["smol-magpie-ultra"] * len(part)}
+        parquet(smoltalk / f"data/all/train-0000{k}-of-00002.parquet", rows)
+    other = {"messages": [turns[0][:2]], "source": ["x"]}
+    parquet(smoltalk / "data/all/test-00000-of-00001.parquet", other)
+    for split in splits:
+        parquet(smoltalk / f"data/smol-rewrite/{split}-00000-of-00001.parquet", other)
+    return turns
+
+
 DCLM_FEATURES = """\
   - name: bff_contained_ngram_count_before_dedupe
     dtype: int64

@@ -24,6 +24,7 @@ FLOORS = {
     "dh_jax.batch": 1,
     "dh_jax.config": 1,
     "dh_jax.errors": 1,
+    "dh_jax.rules": 1,
     "dh_jax.schema": 1,
     "dh_jax.data": 2,
     "dh_jax.functions": 2,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -69,3 +70,74 @@ def reshard(states: Sequence[Mapping[str, Any]], count: int) -> Resharded:
         for i in range(count)
     ]
     return Resharded(new, sum(s["yielded"] for s in ordered if s["identity"]["epoch"] > epoch))
+
+
+def reshard_loaders(states: Sequence[Mapping[str, Any]], count: int) -> Resharded:
+    """Loader states for ``count`` hosts of a run whose sources stream.
+
+    (States of prepared stores need none of this: each fits any number of hosts.) Each old host
+    was inside a window of documents of which some rows were delivered: the new hosts read those
+    windows again from their beginning, so no document is lost, and at most one window a source
+    and old host is seen twice.
+
+    Args:
+        states: of `Loader.get_state`, one from each host of the run, in any order.
+        count: hosts of the new run; `Loader.set_state` takes the states that are returned.
+
+    Returns:
+        The states, and how many documents may be seen again, at most.
+
+    Raises:
+        StateError: the states are not those of one run, or are of prepared stores.
+    """
+    first = states[0] if states else {}
+    if not states or any(
+        s["identity"] != first["identity"] or s["batches"] != first["batches"] for s in states
+    ):
+        raise StateError(
+            f"{len(states)} states of different runs or steps; give one of every host, of one step"
+        )
+    if first["identity"]["stored"]:
+        raise StateError("states of prepared stores fit any number of hosts as they are")
+    mixtures: list[dict[str, Any]] = [{} for _ in range(count)]
+    again = 0
+    for name in first["mixture"]:
+        parts = [state["mixture"][name] for state in states]
+        windows = [part["source"]["window"] for part in parts]
+        documents = reshard([window["documents"] for window in windows], count)
+        begun = sum(part["source"]["row"] > 0 for part in parts)
+        again += documents.again + begun * first["identity"]["packing"]["window"]
+        shared = {
+            "epoch": min(window["epoch"] for window in windows),
+            "window": max(window["window"] for window in windows),  # so that no seed comes twice
+            "kept": True,  # of this pass, by some host
+        }
+        for i, mixture in enumerate(mixtures):
+            totals = {
+                key: sum(part[key] for part in parts) if i == 0 else 0
+                for key in ("rows", "tokens", "truncated")
+            }
+            mixture[name] = {
+                "weight": parts[0]["weight"],
+                "deficit": sum(part["deficit"] for part in parts) / count,
+                **totals,
+                "source": {
+                    "window": {
+                        **shared,
+                        "documents": documents.states[i],
+                        "skipped": _summed(windows) if i == 0 else {},
+                    },
+                    "row": 0,
+                },
+            }
+    fill = sum(state["fill"] for state in states)
+    return Resharded(
+        [{**first, "fill": fill // count, "mixture": mixture} for mixture in mixtures], again
+    )
+
+
+def _summed(windows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for window in windows:
+        total.update(window["skipped"])
+    return dict(total)

@@ -13,10 +13,20 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from dh_jax.config import DataConfig, SourceConfig
+from dh_jax.config import ConversationConfig, DataConfig, SourceConfig
+from dh_jax.data.chat import (
+    Rendered,
+    answer_mask,
+    encode_conversations,
+    learn_frame,
+    render_conversation,
+)
+from dh_jax.data.offsets import Located
 from dh_jax.data.packing import TokenShard
+from dh_jax.data.records import Fault
 from dh_jax.data.sources import Document
 from dh_jax.data.tokenization import TokenizerWrapper
+from dh_jax.errors import DataError
 
 
 class TokenDocument(NamedTuple):
@@ -39,7 +49,8 @@ class Encoder(Protocol):
 
 def make_encoder(spec: SourceConfig, config: DataConfig, tokenizer: TokenizerWrapper) -> Encoder:
     """The encoder that a source's records need."""
-    del spec, config  # plain text needs neither
+    if spec.text.conversation is not None:
+        return conversation_encoder(spec.text.conversation, config, tokenizer)
     return text_encoder(tokenizer)
 
 
@@ -53,6 +64,76 @@ def text_encoder(tokenizer: TokenizerWrapper) -> Encoder:
             TokenDocument(tokens, document.id, len(document.text.encode()))
             for document, tokens in zip(documents, encoded, strict=True)
         ]
+
+    return encode
+
+
+def conversation_encoder(
+    conversation: ConversationConfig, config: DataConfig, tokenizer: TokenizerWrapper
+) -> Encoder:
+    """Conversations as the tokenizer's chat template renders them, of which exactly the
+    assistant's tokens, with the stop token of every answer, are learnt.
+
+    ``skipped`` also counts ``shortened``: conversations longer than ``config.max_length`` that
+    end after the last answer that fits.
+
+    Raises:
+        ConfigError: the tokenizer's template cannot be used; see `chat.learn_frame`.
+    """
+    frame = learn_frame(tokenizer, conversation.variables)
+    keep = conversation.dropped_text == "keep"
+
+    def render(document: Document) -> Rendered | Fault:
+        try:
+            rendered = render_conversation(tokenizer, frame, document.text)
+        except Fault as fault:
+            return fault
+        if rendered.whole or keep:
+            return rendered
+        return Fault(
+            "dropped_text",
+            "the chat template leaves out a part of it (reasoning, tool calls, tools or a turn); "
+            "take another template, or set text.conversation.dropped_text: keep",
+        )
+
+    def finish(
+        document: Document, located: Located, rendered: Rendered, skipped: Counter[str]
+    ) -> TokenDocument | Fault:
+        mask, ends = answer_mask(located, rendered.answers_A2)
+        length = mask.size
+        if length > config.max_length:
+            fitting = [end for end in ends if end <= config.max_length]
+            if conversation.too_long == "drop" or not fitting:
+                return Fault("too_long")
+            length = fitting[-1]
+            skipped["shortened"] += 1
+        if not mask[1:length].any():  # the first token of a document is nobody's target
+            return Fault("nothing_learnt", "no token of it would be learnt")
+        size = len(document.text.encode())
+        return TokenDocument(located.ids[:length], document.id, size, mask[:length])
+
+    def encode(documents: Sequence[Document], skipped: Counter[str]) -> list[TokenDocument | None]:
+        rendered = [render(document) for document in documents]
+        texts = [each.text for each in rendered if isinstance(each, Rendered)]
+        located = iter(encode_conversations(tokenizer, texts))
+        encoded: list[TokenDocument | None] = []
+        found: TokenDocument | Fault
+        for document, each in zip(documents, rendered, strict=True):
+            if isinstance(each, Rendered):
+                found = finish(document, next(located), each, skipped)
+            else:
+                found = each
+            if not isinstance(found, Fault):
+                encoded.append(found)
+                continue
+            if found.reason != "too_long" and config.on_error == "raise":
+                raise DataError(
+                    f"{document.where}: {found}; or set on_error: skip to skip and count "
+                    "such conversations"
+                )
+            skipped[found.reason] += 1
+            encoded.append(None)
+        return encoded
 
     return encode
 

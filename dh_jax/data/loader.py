@@ -23,9 +23,9 @@ from dh_jax.config import (
 from dh_jax.data.datasets.pretrain import PretrainDataset
 from dh_jax.data.delivery import Loader
 from dh_jax.data.mixing import MixedDataset
-from dh_jax.data.prepare import pipeline_fingerprint, text_sources
+from dh_jax.data.prepare import open_prepared, text_sources
 from dh_jax.data.sources import DocumentSource
-from dh_jax.data.store import StoredDocuments, TokenStore, open_store
+from dh_jax.data.store import StoredDocuments, TokenStore
 from dh_jax.data.token_sources import open_token_source
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.errors import ConfigError
@@ -68,7 +68,7 @@ def get_loader(
         DataError: a source or the store cannot be read.
         StateError: the store belongs to another tokenizer or pipeline.
     """
-    config = load_data_config(config)
+    config = as_prepared = load_data_config(config)
     if max_length is not None:
         config = load_data_config(dataclasses.replace(config, max_length=max_length))
     if split not in SPLITS:
@@ -89,9 +89,7 @@ def get_loader(
     chosen = _chosen(config, split, sources)
     store = None
     if config.store is not None:
-        store = open_store(
-            config.store, tokenizer=wrapper.fingerprint, pipeline=pipeline_fingerprint(config)
-        )
+        store = open_prepared(as_prepared, wrapper)
     stored = {
         name: _stored(source, spec, config, split, store) for name, (source, spec) in chosen.items()
     }
@@ -143,15 +141,19 @@ def get_loader(
             "stored": at_random,
             "split": split,
             "seed": seed,
-            "sources": {name: _fingerprint(source, config) for name, source in chosen.items()},
+            "sources": {n: _fingerprint(*source, config, wrapper) for n, source in chosen.items()},
         },
     )
 
 
-def _fingerprint(source: tuple[str, SourceConfig], config: DataConfig) -> str:
+def _fingerprint(
+    name: str, spec: SourceConfig, config: DataConfig, tokenizer: TokenizerWrapper
+) -> str:
     """Hash of what decides which documents a source yields."""
-    name, spec = source
-    content = [name, decisive_spec(spec), dataclasses.asdict(config.splits), config.on_error]
+    content: list[Any] = [name, decisive_spec(spec)]
+    content += [dataclasses.asdict(config.splits), config.on_error]
+    if spec.text.conversation:
+        content += [tokenizer.chat_template, tokenizer.special_tokens]
     text = json.dumps(content, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 

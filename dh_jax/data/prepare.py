@@ -54,8 +54,8 @@ class Progress(NamedTuple):
     dropped: int  # duplicates and what else was left out so far
 
 
-def pipeline_fingerprint(config: DataConfig) -> str:
-    """Hash of everything, but the tokenizer, that decides which documents a store holds."""
+def pipeline_fingerprint(config: DataConfig, tokenizer: TokenizerWrapper) -> str:
+    """Hash of everything, but the tokenizer's vocabulary, that decides what a store holds."""
     parts: dict[str, Any] = {}
     for name, spec in text_sources(config).items():
         parts[name] = decisive_spec(spec)
@@ -65,8 +65,25 @@ def pipeline_fingerprint(config: DataConfig) -> str:
         content.append(dataclasses.asdict(near))
     if clean.against or clean.held_out:
         content.append(dataclasses.asdict(clean))
+    if any(spec.text.conversation for spec in text_sources(config).values()):
+        # They are rendered by the chat template, and shortened to a row.
+        content += [tokenizer.chat_template, tokenizer.special_tokens, config.max_length]
     text = json.dumps(content, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def open_prepared(config: DataConfig, tokenizer: TokenizerWrapper) -> TokenStore:
+    """The store that ``config.store`` names, which must be of this config and tokenizer.
+
+    Raises:
+        DataError, StateError: see `open_store`.
+    """
+    assert config.store is not None, "asked only of configs that name a store"
+    return open_store(
+        config.store,
+        tokenizer=tokenizer.fingerprint,
+        pipeline=pipeline_fingerprint(config, tokenizer),
+    )
 
 
 def text_sources(config: DataConfig) -> dict[str, SourceConfig]:
@@ -120,7 +137,7 @@ def prepare(
     wrapper = TokenizerWrapper.wrap(
         tokenizer or config.tokenizer, add_bos=config.add_bos, add_eos=config.add_eos
     )
-    expected = {"tokenizer": wrapper.fingerprint, "pipeline": pipeline_fingerprint(config)}
+    expected = {"tokenizer": wrapper.fingerprint, "pipeline": pipeline_fingerprint(config, wrapper)}
     workshop = target.with_name(f".{target.name}.partial")
     if target.exists() and not (target / MANIFEST).exists():
         raise DataError(f"{target} exists and is not a token store; choose another data.store")

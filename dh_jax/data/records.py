@@ -7,7 +7,7 @@ import string
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, NoReturn
 
-from dh_jax.config import TextConfig
+from dh_jax.config import CONVERSATION_COLUMNS, ConversationConfig, TextConfig
 from dh_jax.errors import ConfigError
 
 # Why a record was not used. The list is fixed so that a saved state always has the same keys.
@@ -19,6 +19,7 @@ REASONS = (
     "missing_column",
     "not_text",  # the column holds something other than text
     "bad_choice",  # a label outside the words that text.choices gives
+    "not_a_conversation",  # roles or turns that make none, or no answer in it
     "truncated_file",  # the file ends early: what could be read was used
     "corrupt_file",  # the file cannot be decoded from some point on: what came before was used
     "unreadable_file",  # the file cannot be opened or read
@@ -42,7 +43,11 @@ class Record(NamedTuple):
 
 def missing_column(name: str, there: Iterable[str]) -> Fault:
     """The fault of a record or file without column ``name``."""
-    return Fault("missing_column", f"no column {name!r}; there are: {', '.join(there) or 'none'}")
+    names = list(there)
+    said = f"no column {name!r}; there are: {', '.join(names) or 'none'}"
+    if {"chosen", "rejected"} <= set(names):
+        said += " (preference pairs, chosen and rejected, are not read)"
+    return Fault("missing_column", said)
 
 
 def fail(fault: Fault) -> NoReturn:
@@ -78,6 +83,8 @@ def needed_columns(text: TextConfig) -> list[str]:
     Raises:
         ConfigError: the template is malformed or names no column.
     """
+    if text.conversation is not None:
+        return list(dict.fromkeys(conversation_columns(text.conversation).values()))
     if text.column is not None:
         return [text.column]
     if text.columns is not None:
@@ -95,6 +102,12 @@ def needed_columns(text: TextConfig) -> list[str]:
             "for example '{title}: {body}'"
         )
     return list(dict.fromkeys(names))
+
+
+def conversation_columns(conversation: ConversationConfig) -> dict[str, str]:
+    """What the conversation's shape reads -> the column that holds it."""
+    named = {key: key for key in CONVERSATION_COLUMNS[conversation.shape]} | conversation.columns
+    return {key: column for key, column in named.items() if column is not None}
 
 
 def render(columns: Mapping[str, Any], text: TextConfig) -> str:

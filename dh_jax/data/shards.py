@@ -96,13 +96,17 @@ class BlockGuard:
 @numba.njit(cache=True, nogil=True)
 def _unchecked(checked, firsts_D, starts_D, lengths_D, size):  # type: ignore[no-untyped-def]
     """Numbers of unchecked blocks under the documents, each once, in rising order."""
-    found = set()
+    found = np.empty(16, np.int64)
+    count = 0
     for d in range(starts_D.size):
         last = starts_D[d] + max(lengths_D[d] - 1, 0)
         for block in range(firsts_D[d] + starts_D[d] // size, firsts_D[d] + last // size + 1):
             if block < checked.size and not checked[block]:
-                found.add(block)
-    return np.sort(np.array([block for block in found], np.int64))
+                if count == found.size:
+                    found = np.concatenate((found, found))
+                found[count] = block
+                count += 1
+    return np.unique(found[:count])
 
 
 # --- writing ---------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import grain
 
 from dh_jax.config import SPLITS, FilesSource, HubSource, SourceConfig, SplitConfig
+from dh_jax.data.conversations import read_conversation
 from dh_jax.data.files import FileShelf
 from dh_jax.data.hub import HubShelf
 from dh_jax.data.pieces import Piece, Shelf, Todo, Turns, deal, redealt, shuffled
@@ -23,7 +24,7 @@ HELD_OUT = ("probe", "eval")
 class Document(NamedTuple):
     """A text of a source."""
 
-    text: str
+    text: str  # of a conversation: its canonical JSON (`conversations.read_conversation`)
     id: int  # unsigned 64-bit hash of the content: equal texts have equal ids
     where: str  # "a.jsonl:17", "a.parquet:row 17", "a.txt", "org/name/a.parquet:row 17"
 
@@ -215,7 +216,10 @@ class DocumentIterator(grain.DatasetIterator[Document]):
         source = self._source
         try:
             content = record.load()
-            text = content if isinstance(content, str) else render(content, source.spec.text)
+            if source.spec.text.conversation is not None:
+                text = read_conversation(content, source.spec.text.conversation)
+            else:
+                text = content if isinstance(content, str) else render(content, source.spec.text)
             if not text or text.isspace():
                 raise Fault("empty")
             number = document_id(text)

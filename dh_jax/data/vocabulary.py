@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,3 +62,26 @@ def byte_characters() -> list[str]:
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
+
+
+class RoundTrip(NamedTuple):
+    """How many texts were encoded and decoded, and how many came back changed."""
+
+    texts: int
+    changed: int
+    first: str | None  # the first changed one: which, where, and what became of it
+
+
+def round_trip(texts: Sequence[str], decoded: Sequence[str]) -> RoundTrip:
+    """Compare texts with what decoding made of their ids."""
+    changed = [i for i, text in enumerate(texts) if text != decoded[i]]
+    if not changed:
+        return RoundTrip(len(texts), 0, None)
+    text, result = texts[changed[0]], decoded[changed[0]]
+    pairs = zip(text, result, strict=False)
+    at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(text), len(result)))
+    first = (
+        f"text {changed[0]} differs from character {at} on: {text[at : at + 20]!r} came back "
+        f"as {result[at : at + 20]!r}"
+    )
+    return RoundTrip(len(texts), len(changed), first)

@@ -149,6 +149,7 @@ class StreamIterator(grain.DatasetIterator[Window]):
         self._epoch, self._index = 0, 0
         self._documents: Any = iter(dataset.open_epoch(0))
         self._skipped: Counter[str] = Counter()
+        self._kept = False  # any document of this epoch
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -157,7 +158,13 @@ class StreamIterator(grain.DatasetIterator[Window]):
     def __next__(self) -> Window:
         self._assert_not_closed()
         documents = self._read()
+        if not documents and not self._kept:  # without end, if it repeats
+            raise DataError(
+                f"source {self._dataset.name!r}: every document of the pass was left out "
+                f"({self.skipped}); mend what the counts name, or raise max_length if too_long"
+            )
         if not documents and self._epoch + 1 != self._dataset.epochs:
+            self._kept = False
             self._skipped.update(self._documents.skipped)
             self._epoch, self._index = self._epoch + 1, 0
             self._documents = iter(self._dataset.open_epoch(self._epoch))
@@ -166,6 +173,7 @@ class StreamIterator(grain.DatasetIterator[Window]):
             raise StopIteration
         encoded = self._dataset.encode(documents, self._skipped)
         kept = [document for document in encoded if document is not None]
+        self._kept = self._kept or bool(kept)
         lengths = np.array([d.tokens.size for d in kept], np.int64)
         window = Window(
             Shards([join(kept)] if kept else []),
@@ -201,6 +209,7 @@ class StreamIterator(grain.DatasetIterator[Window]):
         return {
             "epoch": self._epoch,
             "window": self._index,
+            "kept": self._kept,
             "documents": self._documents.get_state(),
             "skipped": dict(self._skipped),
         }
@@ -209,6 +218,6 @@ class StreamIterator(grain.DatasetIterator[Window]):
         if int(state["epoch"]) != self._epoch:
             self._epoch = int(state["epoch"])
             self._documents = iter(self._dataset.open_epoch(self._epoch))
-        self._index = int(state["window"])
+        self._index, self._kept = int(state["window"]), bool(state.get("kept", True))
         self._documents.set_state(state["documents"])
         self._skipped = Counter(state["skipped"])

@@ -13,9 +13,9 @@ import numpy.typing as npt
 
 from dh_jax.config import DataConfig, FilesSource, SourceConfig
 from dh_jax.data.encoding import make_encoder
-from dh_jax.data.prepare import pipeline_fingerprint, text_sources
+from dh_jax.data.prepare import open_prepared, text_sources
 from dh_jax.data.sources import Document, DocumentSource, split_of
-from dh_jax.data.store import TokenStore, open_store
+from dh_jax.data.store import TokenStore
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.errors import DataError, UserError
 from dh_jax.inspection.rows import Span, document_name, spans_of
@@ -57,9 +57,7 @@ def find_document(
         config.tokenizer, add_bos=config.add_bos, add_eos=config.add_eos
     )
     if config.store is not None:
-        store = open_store(
-            config.store, tokenizer=tokenizer.fingerprint, pipeline=pipeline_fingerprint(config)
-        )
+        store = open_prepared(config, tokenizer)
         return _in_store(store, document_id, tokenizer)
     skipped: Counter[str] = Counter()
     for name, spec in text_sources(config).items():

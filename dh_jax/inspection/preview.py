@@ -15,9 +15,9 @@ from dh_jax.batch import Batch, Origins
 from dh_jax.config import SPLITS, DataConfig, SourceConfig
 from dh_jax.data.encoding import make_encoder
 from dh_jax.data.loader import get_loader
-from dh_jax.data.prepare import pipeline_fingerprint
+from dh_jax.data.prepare import open_prepared
 from dh_jax.data.sources import DocumentSource
-from dh_jax.data.store import TokenStore, open_store
+from dh_jax.data.store import TokenStore
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.errors import ConfigError
 from dh_jax.inspection.rows import DecodedRow, decode_rows
@@ -106,9 +106,7 @@ def preview(
     )
     store = None
     if config.store is not None:
-        store = open_store(
-            config.store, tokenizer=tokenizer.fingerprint, pipeline=pipeline_fingerprint(config)
-        )
+        store = open_prepared(config, tokenizer)
     drawn = _draw(config, tokenizer, split, batches, batch_size, rows)
     sources = {}
     seen: set[int] = set()  # documents of the sources before
