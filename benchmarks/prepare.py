@@ -1,6 +1,6 @@
 """Preparing a store against its limit, a bare loop over `encode_batch_fast`, and its peers.
 
-    python benchmarks/prepare.py [--megabytes 32] [--rounds 3] [--python PATH_WITH_DATATROVE]
+    python -m benchmarks.prepare [--megabytes 32] [--rounds 3] [--python PATH_WITH_DATATROVE]
 
 Every contender is a process tree of its own. CPU-seconds are those of the whole tree (waited
 for, so nothing is missed), less what the contender needed before its first document (imports

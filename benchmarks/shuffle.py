@@ -4,7 +4,7 @@ A bucket (moto's S3 on loopback) holds JSONL shards; a `DocumentSource` reads it
 pieces in turn, and every batch of B documents is compared with B documents drawn at random from
 all. Shards and blocks are scaled down alike (400 KB in blocks of 4 KiB, for 400 MB in blocks of
 4 MiB). In memory are a block of every open piece and the packing window.
-Run: ``python benchmarks/shuffle.py``.
+Run: ``python -m benchmarks.shuffle``.
 """
 
 from __future__ import annotations
