@@ -206,7 +206,7 @@ def test_sft_dataset_is_a_data_set_of_conversations_only(
 ) -> None:
     data = config(chats)
     rows = iter(dh_jax.SFTDataset("chats", data.sources["chats"], data, tokenizer=smollm2))
-    window = next(rows).window
+    window = next(rows).packed.window
     assert window.shards[0].loss_mask is not None
     plain = load_data_config({"sources": {"web": {"kind": "files", "paths": [str(chats)]}}})
     with pytest.raises(ConfigError, match="source 'web' holds plain text"):
