@@ -126,15 +126,17 @@ class PrepareProgress:
 
 def print_store(store: TokenStore, console: Console) -> None:
     """Documents and tokens by source and split, and what was left out."""
-    table = Table(title=f"store {store.folder}")
-    table.add_column("source")
+    # Three tables' worth of numbers in one that fits 80 columns: two lines a source.
+    table = Table("source", "", title=f"store {store.folder}")
     for split in SPLITS:
-        table.add_column(f"{split} documents", justify="right")
-        table.add_column("tokens", justify="right")
+        table.add_column(split, justify="right")
     table.add_column("left out")
     for name, counts in store.totals().items():
-        cells = [f"{counts[split][what]:,}" for split in SPLITS for what in ("documents", "tokens")]
-        table.add_row(name, *cells, _reasons(counts["left_out"]))
+        for what in ("documents", "tokens"):
+            cells = [f"{counts[split][what]:,}" for split in SPLITS]
+            first = what == "documents"
+            left_out = _reasons(counts["left_out"]) if first else ""
+            table.add_row(name if first else "", what, *cells, left_out, end_section=not first)
     console.print(table)
     account = store.manifest.get("decontamination")
     if account:
