@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import types
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,22 @@ def _litdata_rows(path: str, T: int, _: int) -> Any:
         yield torch.from_numpy(block.astype(np.int32))
 
 
+def without_torchvision() -> None:
+    """MosaicML imports torchvision for its image data sets, which are not used here; the package
+    does not load beside a CPU build of torch."""
+    names = ("torchvision", "torchvision.datasets", "torchvision.transforms",
+             "torchvision.transforms.functional")  # fmt: skip
+    for name in names:
+        module = types.ModuleType(name)
+        module.__path__ = []
+        module.__spec__ = ModuleSpec(name, None)
+        for attribute in ("VisionDataset", "Compose", "ToTensor", "Resize", "to_tensor"):
+            setattr(module, attribute, type(attribute, (), {}))
+        sys.modules[name] = module
+
+
 def mosaicml(path: str, B: int, T: int, workers: int) -> Any:
+    without_torchvision()
     from streaming import MDSWriter, StreamingDataset
     from torch.utils.data import DataLoader
 

@@ -111,25 +111,27 @@ def _fill(  # type: ignore[no-untyped-def]
             base = addresses_S2[pieces_P6[p, SHARD], 0] + start * width
             if width == 2:
                 u16_n = numba.carray(_pointer(base), length + 1, np.uint16)
-                _copy(u16_n, grid_4BT[0, b], grid_4BT[1, b], column, length, targets)
+                _copy(u16_n, grid_4BT[0, b, column:], grid_4BT[1, b, column:], length, targets)
             elif width == 4:
                 u32_n = numba.carray(_pointer(base), length + 1, np.uint32)
-                _copy(u32_n, grid_4BT[0, b], grid_4BT[1, b], column, length, targets)
+                _copy(u32_n, grid_4BT[0, b, column:], grid_4BT[1, b, column:], length, targets)
             elif width == 1:
                 u8_n = numba.carray(_pointer(base), length + 1, np.uint8)
-                _copy(u8_n, grid_4BT[0, b], grid_4BT[1, b], column, length, targets)
+                _copy(u8_n, grid_4BT[0, b, column:], grid_4BT[1, b, column:], length, targets)
             else:
                 u64_n = numba.carray(_pointer(base), length + 1, np.uint64)
-                _copy(u64_n, grid_4BT[0, b], grid_4BT[1, b], column, length, targets)
+                _copy(u64_n, grid_4BT[0, b, column:], grid_4BT[1, b, column:], length, targets)
             segment = p - first
+            # Slices, since indices known not to be negative let the loop be vectorised.
+            segments_n = grid_4BT[2, b, column : column + length]
+            positions_n = grid_4BT[3, b, column : column + length]
             for i in range(length):
-                grid_4BT[2, b, column + i] = segment + 1
-                grid_4BT[3, b, column + i] = i
+                segments_n[i] = segment + 1
+                positions_n[i] = i
             learnt = addresses_S2[pieces_P6[p, SHARD], 1]
             if learnt:
                 mask_n = numba.carray(_pointer(learnt + start), length + 1, np.bool_)
-                for i in range(targets):
-                    mask_BT[b, column + i] = mask_n[i + 1]
+                mask_BT[b, column : column + targets] = mask_n[1 : targets + 1]
             else:
                 mask_BT[b, column : column + targets] = True
             if targets < length:
@@ -145,13 +147,13 @@ def _fill(  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
-def _copy(source_n, tokens_T, targets_T, column, length, targets):  # type: ignore[no-untyped-def]
+def _copy(source_n, tokens_n, targets_n, length, targets):  # type: ignore[no-untyped-def]
     for i in range(targets):
-        tokens_T[column + i] = source_n[i]
-        targets_T[column + i] = source_n[i + 1]
+        tokens_n[i] = source_n[i]
+        targets_n[i] = source_n[i + 1]
     if targets < length:
-        tokens_T[column + targets] = source_n[targets]
-        targets_T[column + targets] = 0
+        tokens_n[targets] = source_n[targets]
+        targets_n[targets] = 0
 
 
 @numba.njit(cache=True, nogil=True)

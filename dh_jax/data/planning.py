@@ -6,6 +6,7 @@ compiled with numba.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numba
@@ -124,11 +125,8 @@ def _pieces(lengths_D, row_length):  # type: ignore[no-untyped-def]
 @numba.njit(cache=True, nogil=True)
 def _best_fit(sizes_P, row_length, max_segments):  # type: ignore[no-untyped-def]
     """Row of each piece. Open rows hang in one list per free space (``head``, ``below``); a
-    tree over free spaces answers "smallest non-empty space >= size" in log2(T) steps."""
-    leaves = 1
-    while leaves < row_length + 1:
-        leaves *= 2
-    tree = np.zeros(2 * leaves, np.int64)  # rows open at or below each node
+    bitmap of the lists that are not empty answers "smallest space >= size that a row has"."""
+    bitmap = np.zeros(row_length // 64 + 1, np.uint64)
     head = np.full(row_length + 1, -1, np.int64)
     below = np.empty(sizes_P.size, np.int64)
     held = np.zeros(sizes_P.size, np.int64)
@@ -136,23 +134,18 @@ def _best_fit(sizes_P, row_length, max_segments):  # type: ignore[no-untyped-def
     opened = 0
     for p in range(sizes_P.size):
         size = sizes_P[p]
-        node = leaves + size
-        found = tree[node] > 0
-        while not found and node > 1:
-            if node % 2 == 0 and tree[node + 1] > 0:
-                node += 1
-                while node < leaves:
-                    node = 2 * node if tree[2 * node] > 0 else 2 * node + 1
-                found = True
-            else:
-                node //= 2
-        if found:
-            space = node - leaves
+        word = size // 64
+        bits = (bitmap[word] >> np.uint64(size % 64)) << np.uint64(size % 64)
+        while bits == 0 and word + 1 < bitmap.size:
+            word += 1
+            bits = bitmap[word]
+        if bits:
+            lowest = bits & (~bits + np.uint64(1))
+            space = 64 * word + math.frexp(np.float64(lowest))[1] - 1  # exact: a power of two
             row = head[space]
             head[space] = below[row]
-            while node >= 1:
-                tree[node] -= 1
-                node //= 2
+            if head[space] < 0:
+                bitmap[word] ^= lowest
         else:
             space = row_length
             row = opened
@@ -163,10 +156,7 @@ def _best_fit(sizes_P, row_length, max_segments):  # type: ignore[no-untyped-def
         if space > 0 and held[row] < max_segments:
             below[row] = head[space]
             head[space] = row
-            node = leaves + space
-            while node >= 1:
-                tree[node] += 1
-                node //= 2
+            bitmap[space // 64] |= np.uint64(1) << np.uint64(space % 64)
     return rows_P
 
 
