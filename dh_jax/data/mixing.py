@@ -22,6 +22,7 @@ from dh_jax.errors import ConfigError, StateError
 
 Floats = npt.NDArray[np.float64]
 ROWS, TOKENS, TRUNCATED = range(3)  # columns of what a source was given
+NOTHING = (-1, 0, 0, 0)  # arguments of `settle_and_choose` when there is no row to book
 
 
 @numba.njit(cache=True, nogil=True)
@@ -66,6 +67,17 @@ def settle(deficits_M, weights_M, counts_M3, source, counted, tokens, truncated)
     counts_M3[source, ROWS] += 1
     counts_M3[source, TOKENS] += tokens
     counts_M3[source, TRUNCATED] += truncated
+
+
+@numba.njit(cache=True, nogil=True)
+def settle_and_choose(  # type: ignore[no-untyped-def]
+    deficits_M, weights_M, counts_M3, full, source, counted, tokens, truncated
+):
+    """Book the last row, if there is one (``source`` >= 0), and choose the next source: one call
+    from Python instead of two."""
+    if source >= 0:
+        settle(deficits_M, weights_M, counts_M3, source, counted, tokens, truncated)
+    return choose_source(deficits_M, weights_M, full)
 
 
 def normalised(weights: Mapping[str, float], names: Sequence[str]) -> Floats:
@@ -179,19 +191,23 @@ class MixedIterator(grain.DatasetIterator[MixedRow]):
         """The next ``count`` rows, fewer only at the end of the mixture."""
         deficits, weights, counts = self._deficits, self._weights, self._counts
         rows: list[MixedRow] = []
+        last = NOTHING  # the row not yet booked
         while len(rows) < count:
-            source = choose_source(deficits, weights, self._full)
+            source = settle_and_choose(deficits, weights, counts, self._full, *last)
+            last = NOTHING
             if source < 0:
                 break
             row = next(self._parents[source], None)
             if row is None:
                 self._run_dry(source)
                 continue
-            counted = tokens = row.tokens
+            counted = row.tokens
             if self._unit != "tokens":
                 counted = 1 if self._unit == "rows" else trained_tokens(row)
-            settle(deficits, weights, counts, source, counted, tokens, row.truncated)
+            last = source, counted, row.tokens, row.truncated
             rows.append(MixedRow(source, row))
+        if last is not NOTHING:
+            settle(deficits, weights, counts, *last)
         return rows
 
     def _run_dry(self, source: int) -> None:
