@@ -6,8 +6,9 @@ they cannot disagree.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -27,6 +28,8 @@ from dh_jax.data.records import Fault
 from dh_jax.data.sources import Document
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.errors import DataError
+
+CHARACTERS_A_CORE = 2**18  # handed to the tokenizer at once
 
 
 class TokenDocument(NamedTuple):
@@ -59,13 +62,32 @@ def text_encoder(tokenizer: TokenizerWrapper) -> Encoder:
 
     def encode(documents: Sequence[Document], skipped: Counter[str]) -> list[TokenDocument | None]:
         del skipped
-        encoded = tokenizer.encode_batch([document.text for document in documents])
-        return [
-            TokenDocument(tokens, document.id, len(document.text.encode()))
-            for document, tokens in zip(documents, encoded, strict=True)
-        ]
+        encoded: list[TokenDocument | None] = []
+        for group in _together(documents):
+            ids = tokenizer.encode_batch([document.text for document in group])
+            encoded += [
+                TokenDocument(tokens, document.id, len(document.text.encode()))
+                for document, tokens in zip(group, ids, strict=True)
+            ]
+        return encoded
 
     return encode
+
+
+def _together(documents: Sequence[Document]) -> Iterator[list[Document]]:
+    """Documents in groups that keep all cores busy and still fit their caches; the tokenizer's
+    own account of a token is some hundred bytes."""
+    most = CHARACTERS_A_CORE * len(os.sched_getaffinity(0))
+    group: list[Document] = []
+    characters = 0
+    for document in documents:
+        group.append(document)
+        characters += len(document.text)
+        if characters >= most:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
 
 
 def conversation_encoder(
