@@ -342,11 +342,11 @@ def test_killed_at_random_and_run_again_gives_the_same_bytes(
             time.sleep(0.01)
         before = len(lot_times(workshop))
         deadline = time.monotonic() + 60
-        # Not before there is something to lose; then any moment of the next second.
+        # Not before there is something to lose; then any moment of what is left.
         while len(lot_times(workshop)) <= before and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.005)
-        time.sleep(rng.random() * 0.3)
+        time.sleep(rng.random() * 0.08)
         if process.poll() is None:
             killed += 1
             (os.killpg if whole_group else os.kill)(process.pid, signal.SIGKILL)
