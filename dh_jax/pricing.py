@@ -104,9 +104,3 @@ def _matmul_rate(size: int = 1024, seconds: float = 0.3) -> float:
         product(square, square).block_until_ready()
         done += 1
     return done * 2 * size**3 / (time.perf_counter() - start)
-
-
-def as_dict(price: Price) -> dict[str, object]:
-    """JSON-able, with the epochs of each source."""
-    sources = {n: s._asdict() | {"epochs": s.epochs} for n, s in price.sources.items()}
-    return price._asdict() | {"sources": sources}

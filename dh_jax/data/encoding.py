@@ -77,7 +77,7 @@ def text_encoder(tokenizer: TokenizerWrapper) -> Encoder:
 def _together(documents: Sequence[Document]) -> Iterator[list[Document]]:
     """Documents in groups that keep all cores busy and still fit their caches; the tokenizer's
     own account of a token is some hundred bytes."""
-    most = CHARACTERS_A_CORE * len(os.sched_getaffinity(0))
+    most = CHARACTERS_A_CORE * (os.cpu_count() or 1)
     group: list[Document] = []
     characters = 0
     for document in documents:
