@@ -20,7 +20,7 @@ from dh_jax.data.mixing import MixedIterator, Snapshot
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.errors import StateError
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class _Made(NamedTuple):

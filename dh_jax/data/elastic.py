@@ -76,9 +76,9 @@ def reshard_loaders(states: Sequence[Mapping[str, Any]], count: int) -> Resharde
     """Loader states for ``count`` hosts of a run whose sources stream.
 
     (States of prepared stores need none of this: each fits any number of hosts.) Each old host
-    was inside a window of documents of which some rows were delivered: the new hosts read those
-    windows again from their beginning, so no document is lost, and at most one window a source
-    and old host is seen twice.
+    was inside a window of documents of which some rows were delivered, perhaps with documents that
+    the window before had left over: the new hosts read those windows again from their beginning,
+    so no document is lost, and at most two windows a source and old host are seen twice.
 
     Args:
         states: of `Loader.get_state`, one from each host of the run, in any order.
@@ -105,7 +105,7 @@ def reshard_loaders(states: Sequence[Mapping[str, Any]], count: int) -> Resharde
         parts = [state["mixture"][name] for state in states]
         windows = [part["source"]["window"] for part in parts]
         documents = reshard([window["documents"] for window in windows], count)
-        begun = sum(part["source"]["row"] > 0 for part in parts)
+        begun = sum(part["source"]["following"] + (part["source"]["row"] > 0) for part in parts)
         again += documents.again + begun * first["identity"]["packing"]["window"]
         shared = {
             "epoch": min(window["epoch"] for window in windows),
@@ -127,6 +127,8 @@ def reshard_loaders(states: Sequence[Mapping[str, Any]], count: int) -> Resharde
                         "documents": documents.states[i],
                         "skipped": _summed(windows) if i == 0 else {},
                     },
+                    "following": False,
+                    "left": "",
                     "row": 0,
                 },
             }

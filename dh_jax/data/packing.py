@@ -1,9 +1,10 @@
 """Packing: windows of documents -> rows of T tokens.
 
 A *window* is a bounded group of documents (at most ``packing.window``) that are planned
-together. The plan is a pure function of the documents' lengths, so a packer's state is the
-state of its windows plus the index of the next row, and any position is restored by planning
-one window again. Nothing crosses a window; no row is carried over.
+together. The documents of its emptiest rows are left to the next window, so that rows are full
+whatever the documents' lengths. The plan is a pure function of lengths; what was left by the
+window before is listed in the packer's state, and nothing is left twice, so any position is
+restored by reading two windows and planning one.
 
 Rows are references until a batch is made of them (`dh_jax.data.batching`): drawing one costs
 about a microsecond, and a row that another host delivers is never materialised here.
@@ -66,6 +67,9 @@ class Window(NamedTuple):
     lengths_D: Ints  # its tokens
     ids_D: npt.NDArray[np.uint64]
     seed: int  # orders the rows of this window
+    # The first C entries are pieces that the window before left over: where in their documents
+    # they begin.
+    offsets_C: Ints = np.zeros(0, np.int64)
 
 
 class PackedWindow(NamedTuple):
@@ -79,6 +83,7 @@ class PackedWindow(NamedTuple):
     splits_R1: Ints
     tokens_R: list[int]  # tokens of each row
     truncated: int  # tokens given up because long documents are truncated
+    left: str  # to the next window: "3 17+2048" is document 3, and 17 from its token 2048 on
 
 
 # Columns of `pieces_P6`. One array, because a compiled function is called with it for every few
@@ -105,36 +110,73 @@ class Row(NamedTuple):
         return self.packed.truncated if self.place == 0 else 0
 
 
+def leaves(packing: PackingConfig) -> int:
+    """Pieces that a window may leave to the next one; a window and these are ``packing.window``."""
+    return packing.window // 16
+
+
 def pack(window: Window, row_length: int, packing: PackingConfig, *, shuffle: bool) -> PackedWindow:
     """Plan a window's rows; ``shuffle`` orders them by the window's seed."""
-    seed = window.seed if shuffle else None
-    plan = plan_rows(window.lengths_D, row_length, packing, seed=seed)
+    plan = plan_rows(
+        window.lengths_D,
+        row_length,
+        packing,
+        seed=window.seed if shuffle else None,
+        carried=window.offsets_C.size,
+        leave=leaves(packing),
+    )
     pieces, tokens = _tabulate(
         plan.documents_P, plan.offsets_P, plan.lengths_P, plan.splits_R1,
-        window.shards_D, window.starts_D, window.lengths_D,
+        window.shards_D, window.starts_D, window.lengths_D, window.offsets_C,
     )  # fmt: skip
-    return PackedWindow(window, pieces, plan.splits_R1, tokens.tolist(), plan.truncated)
+    first = window.offsets_C.size  # what is left stands behind what was carried
+    left = [f"{d - first}+{at}" if at else f"{d - first}" for d, at in plan.left_L2.tolist()]
+    return PackedWindow(
+        window, pieces, plan.splits_R1, tokens.tolist(), plan.truncated, " ".join(left)
+    )
 
 
 @numba.njit(cache=True, nogil=True)
 def _tabulate(  # type: ignore[no-untyped-def]
-    documents_P, offsets_P, lengths_P, splits_R1, shards_D, starts_D, lengths_D
+    documents_P, offsets_P, lengths_P, splits_R1, shards_D, starts_D, lengths_D, offsets_C
 ):
     """The columns of every piece, and the tokens of every row."""
     pieces_P6 = np.empty((documents_P.size, 6), np.int64)
     for p in range(documents_P.size):
         document, offset, length = documents_P[p], offsets_P[p], lengths_P[p]
+        base = offsets_C[document] if document < offsets_C.size else 0
         pieces_P6[p, SHARD] = shards_D[document]
         pieces_P6[p, START] = starts_D[document] + offset
         pieces_P6[p, LENGTH] = length
         pieces_P6[p, GOES_ON] = offset + length < lengths_D[document]
-        pieces_P6[p, OFFSET] = offset
+        pieces_P6[p, OFFSET] = base + offset
         pieces_P6[p, DOCUMENT] = document
     tokens_R = np.zeros(splits_R1.size - 1, np.int64)
     for r in range(tokens_R.size):
         for p in range(splits_R1[r], splits_R1[r + 1]):
             tokens_R[r] += lengths_P[p]
     return pieces_P6, tokens_R
+
+
+def carry(before: Window, left: str, window: Window | None) -> Window:
+    """A window that begins with what the one before left over, each the end of a document;
+    ``window`` is None behind the last."""
+    pairs = [piece.partition("+") for piece in left.split()]
+    documents, offsets = np.array([(int(d), int(at or 0)) for d, _, at in pairs], np.int64).T
+    shards, first = before.shards, 0
+    if window is None:
+        window = Window(shards, *(column[:0] for column in before[1:5]), before.seed)
+    elif window.shards is not before.shards:  # each window of a stream has its own
+        shards, first = Shards([*before.shards.shards, *window.shards.shards]), len(before.shards)
+    return Window(
+        shards,
+        np.concatenate([before.shards_D[documents], window.shards_D + np.int32(first)]),
+        np.concatenate([before.starts_D[documents] + offsets, window.starts_D]),
+        np.concatenate([before.lengths_D[documents] - offsets, window.lengths_D]),
+        np.concatenate([before.ids_D[documents], window.ids_D]),
+        window.seed,
+        offsets,
+    )
 
 
 class PackedDataset(grain.IterDataset[Row]):
@@ -164,13 +206,19 @@ class PackedDataset(grain.IterDataset[Row]):
 
 
 class _Planned(NamedTuple):
-    packed: PackedWindow
-    after: dict[str, Any]  # state of the windows behind this one
+    window: Window | None  # as it was read; None behind the last
+    packed: PackedWindow  # joined by what was left before
+    before: dict[str, Any]  # state of the windows in front of it
+    after: dict[str, Any]  # and behind it
 
 
 class PackedIterator(grain.DatasetIterator[Row]):
     """Iterates rows. The last windows stay in memory, so a loader that steps back by its few
-    prefetched batches (after a weight change) reads nothing again."""
+    prefetched batches (after a weight change) reads nothing again.
+
+    A position is (state, following, left, row): the row is of the window that the windows yield
+    from that state or, if ``following``, of the one after it, joined by what the former left.
+    """
 
     REMEMBERED = 3
 
@@ -184,41 +232,67 @@ class PackedIterator(grain.DatasetIterator[Row]):
         super().__init__(windows)
         self._row_length, self._packing, self._shuffle = row_length, packing, shuffle
         self._recent: OrderedDict[str, _Planned] = OrderedDict()
-        self._at = windows.get_state()  # the window that row `_row` belongs to
-        self._row = 0
-        self._reader_at = self._at
-        self._planned: _Planned | None = None  # that window, once it is needed
+        self._at = self._reader_at = windows.get_state()
+        self._following, self._left, self._row = False, "", 0
+        self._planned: _Planned | None = None  # the window of the next row, once it is needed
 
     def __next__(self) -> Row:
-        planned = self._planned or self._plan()
+        planned = self._planned or self._plan(None)
         while self._row >= len(planned.packed.tokens_R):
-            self._at, self._row = planned.after, 0
-            planned = self._plan()
+            self._at, self._following = planned.before, True
+            self._left, self._row = planned.packed.left, 0
+            self._planned = None
+            planned = self._plan(planned)
         row = self._row
         self._row = row + 1
         return Row(planned.packed, row, planned.packed.tokens_R[row])
 
-    def _plan(self) -> _Planned:
+    def _plan(self, last: _Planned | None) -> _Planned:
+        """Plan the window of this position; ``last`` is the one before, if it is at hand."""
         self._assert_not_closed()
-        key = json.dumps(self._at, sort_keys=True)
+        key = json.dumps([self._at, self._following, self._left], sort_keys=True)
         planned = self._recent.get(key)
         if planned is None:
-            if self._reader_at != self._at:
-                self._parent.set_state(self._at)
-            window = next(self._parent)
-            self._reader_at = self._parent.get_state()
-            packed = pack(window, self._row_length, self._packing, shuffle=self._shuffle)
-            planned = self._recent[key] = _Planned(packed, self._reader_at)
+            planned = self._recent[key] = self._read_and_plan(last)
             if len(self._recent) > self.REMEMBERED:
                 self._recent.popitem(last=False)
         self._planned = planned
         return planned
 
+    def _read_and_plan(self, last: _Planned | None) -> _Planned:
+        before, at = None, self._at
+        if self._following:
+            before = last.window if last else self._read(at)
+            at = last.after if last else self._reader_at
+        window = self._read(at)
+        if self._left and before:
+            joined = carry(before, self._left, window)
+        elif window is None:
+            raise StopIteration
+        else:
+            joined = window
+        packed = pack(joined, self._row_length, self._packing, shuffle=self._shuffle)
+        return _Planned(window, packed, at, self._reader_at)
+
+    def _read(self, at: dict[str, Any]) -> Window | None:
+        """The window behind a state; None where there is no more."""
+        if self._reader_at != at:
+            self._parent.set_state(at)
+        window = next(self._parent, None)
+        self._reader_at = self._parent.get_state()
+        return window
+
     def get_state(self) -> dict[str, Any]:
-        return {"window": self._at, "row": self._row}
+        return {
+            "window": self._at,
+            "following": self._following,
+            "left": self._left,
+            "row": self._row,
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        at, row = state["window"], int(state["row"])
-        if at != self._at:
+        at = state["window"], bool(state["following"]), state["left"]
+        if at != (self._at, self._following, self._left):
             self._planned = None
-        self._at, self._row = at, row
+        self._at, self._following, self._left = at
+        self._row = int(state["row"])

@@ -1,12 +1,10 @@
 """Planning: lengths of documents -> which piece of which document stands in which row.
 
-A plan is a pure function of lengths, strategy and seed; it never sees a token. Kernels are
-compiled with numba.
+A plan is a pure function of lengths, strategy and seed; it never sees a token.
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numba
@@ -14,10 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from dh_jax.config import PackingConfig
+from dh_jax.data.fitting import best_fit, concat, first_fit, pair_fit
 from dh_jax.data.permutation import permuted
 from dh_jax.errors import ConfigError
 
 Ints = npt.NDArray[np.int64]
+WELL_FILLED = 0.997  # a row below this may be left to the next window
+TOLERANCE = 1 / 256  # of a row: the gap at which `pair_fit` stops searching
 
 
 class Plan(NamedTuple):
@@ -28,10 +29,17 @@ class Plan(NamedTuple):
     lengths_P: Ints
     splits_R1: Ints
     truncated: int  # tokens given up because long documents are truncated
+    left_L2: Ints  # (document, offset) of pieces in no row: the next window shall place them
 
 
 def plan_rows(
-    lengths_D: npt.ArrayLike, row_length: int, packing: PackingConfig, *, seed: int | None = None
+    lengths_D: npt.ArrayLike,
+    row_length: int,
+    packing: PackingConfig,
+    *,
+    seed: int | None = None,
+    carried: int = 0,
+    leave: int = 0,
 ) -> Plan:
     """Cut documents into pieces and place the pieces in rows.
 
@@ -40,13 +48,18 @@ def plan_rows(
         row_length: T, tokens of a row.
         packing: strategy, treatment of long documents and the bound on segments.
             ``best_fit`` is best-fit decreasing: pieces by falling length, each into the fullest
-            row it fits (Johnson 1973); ``first_fit`` keeps the documents' order and takes the
-            earliest row with room; ``concat`` lays them end to end and cuts at row ends.
+            row it fits (Johnson 1973), or `pair_fit` where that fills rows badly and this does
+            better; ``first_fit`` keeps the documents' order and takes the earliest row with
+            room; ``concat`` lays them end to end and cuts at row ends.
         seed: shuffles the finished rows; None leaves them in planned order.
+        carried: the first so many documents are pieces that the window before left over. Their
+            rows are not left again, so that nothing waits for more than one window.
+        leave: pieces that may be left to the next window, in the rows that are filled worst.
 
     Returns:
         A `Plan` in which every token of every document stands exactly once (but for those
-        counted in ``truncated``), and no document that fits a row is cut unless by ``concat``.
+        counted in ``truncated`` or left), and no document that fits a row is cut unless by
+        ``concat``.
     """
     lengths = np.ascontiguousarray(lengths_D, dtype=np.int64)
     truncated = 0
@@ -54,24 +67,87 @@ def plan_rows(
         kept = np.minimum(lengths, row_length)
         truncated = int((lengths - kept).sum())
         lengths = kept
+    most = packing.max_segments
     if packing.strategy == "concat":
-        documents, offsets, sizes, rows = _concat(lengths, row_length, packing.max_segments)
+        documents, offsets, sizes, rows = concat(lengths, row_length, most)
     else:
         documents, offsets, sizes = _pieces(lengths, row_length)
         if packing.strategy == "best_fit":
             # Falling size; equal sizes keep their order, so the plan is reproducible.
             order = _sorting(row_length - sizes, row_length)
+            if carried:
+                first = documents[order] < carried
+                order = np.concatenate([order[first], order[~first]])
             documents, offsets, sizes = documents[order], offsets[order], sizes[order]
-            rows = _best_fit(sizes, row_length, packing.max_segments)
+            rows = best_fit(sizes, row_length, most)
         elif packing.strategy == "first_fit":
-            rows = _first_fit(sizes, row_length, packing.max_segments)
+            rows = first_fit(sizes, row_length, most)
         else:
             raise ConfigError(f"packing.strategy {packing.strategy!r} is unknown")
-    count = int(rows.max()) + 1 if rows.size else 0
+    was_carried = documents < carried
+    stays, fill = _leave(rows, sizes, was_carried, row_length, most, leave)
+    if packing.strategy == "best_fit" and fill < WELL_FILLED:
+        other = pair_fit(sizes, row_length, most, int(row_length * TOLERANCE))
+        other_stays, other_fill = _leave(other, sizes, was_carried, row_length, most, leave)
+        if other_fill > fill:
+            rows, stays = other, other_stays
+    left = np.stack([documents[~stays], offsets[~stays]], axis=1)
+    rows, count = _renumbered(rows, stays)
     if seed is not None:
         rows = permuted(0, count, count, seed)[rows]
-    documents, offsets, sizes, splits = _by_row(documents, offsets, sizes, rows, count)
-    return Plan(documents, offsets, sizes, splits, truncated)
+    documents, offsets, sizes, splits = _by_row(
+        documents[stays], offsets[stays], sizes[stays], rows, count
+    )
+    return Plan(documents, offsets, sizes, splits, truncated, left)
+
+
+@numba.njit(cache=True, nogil=True)
+def _leave(rows_P, sizes_P, carried_P, row_length, max_segments, most):  # type: ignore[no-untyped-def]
+    """Which pieces stay, and how full the rows that stay are.
+
+    Rows that are not `WELL_FILLED` are left, the emptiest first, until they hold ``most``
+    pieces; not those that no further piece may enter, nor those with a carried one.
+    """
+    count = 0
+    for row in rows_P:
+        count = max(count, row + 1)
+    filled_R = np.zeros(count, np.int64)
+    held_R = np.zeros(count, np.int64)
+    stays_R = np.ones(count, np.bool_)
+    fixed_R = np.zeros(count, np.bool_)
+    for p in range(rows_P.size):
+        filled_R[rows_P[p]] += sizes_P[p]
+        held_R[rows_P[p]] += 1
+        fixed_R[rows_P[p]] |= carried_P[p]
+    tokens, rows = filled_R.sum(), count
+    while rows > 1:
+        worst = -1
+        for r in range(count):
+            open_ = stays_R[r] and not fixed_R[r] and held_R[r] < max_segments
+            if open_ and (worst < 0 or filled_R[r] < filled_R[worst]):
+                worst = r
+        if worst < 0 or filled_R[worst] >= WELL_FILLED * row_length or held_R[worst] > most:
+            break
+        stays_R[worst] = False
+        most -= held_R[worst]
+        tokens -= filled_R[worst]
+        rows -= 1
+    return stays_R[rows_P], tokens / max(rows * row_length, 1)
+
+
+@numba.njit(cache=True, nogil=True)
+def _renumbered(rows_P, stays_P):  # type: ignore[no-untyped-def]
+    """Rows of the pieces that stay, numbered from 0 without gaps, and their number."""
+    count = 0
+    for row in rows_P:
+        count = max(count, row + 1)
+    number_R = np.zeros(count + 1, np.int64)
+    for p in range(rows_P.size):
+        if stays_P[p]:
+            number_R[rows_P[p] + 1] = 1
+    for r in range(count):
+        number_R[r + 1] += number_R[r]
+    return number_R[rows_P[stays_P]], number_R[count]
 
 
 @numba.njit(cache=True, nogil=True)
@@ -120,97 +196,3 @@ def _pieces(lengths_D, row_length):  # type: ignore[no-untyped-def]
             start += row_length
             p += 1
     return documents, offsets, sizes
-
-
-@numba.njit(cache=True, nogil=True)
-def _best_fit(sizes_P, row_length, max_segments):  # type: ignore[no-untyped-def]
-    """Row of each piece. Open rows hang in one list per free space (``head``, ``below``); a
-    bitmap of the lists that are not empty answers "smallest space >= size that a row has"."""
-    bitmap = np.zeros(row_length // 64 + 1, np.uint64)
-    head = np.full(row_length + 1, -1, np.int64)
-    below = np.empty(sizes_P.size, np.int64)
-    held = np.zeros(sizes_P.size, np.int64)
-    rows_P = np.empty(sizes_P.size, np.int64)
-    opened = 0
-    for p in range(sizes_P.size):
-        size = sizes_P[p]
-        word = size // 64
-        bits = (bitmap[word] >> np.uint64(size % 64)) << np.uint64(size % 64)
-        while bits == 0 and word + 1 < bitmap.size:
-            word += 1
-            bits = bitmap[word]
-        if bits:
-            lowest = bits & (~bits + np.uint64(1))
-            space = 64 * word + math.frexp(np.float64(lowest))[1] - 1  # exact: a power of two
-            row = head[space]
-            head[space] = below[row]
-            if head[space] < 0:
-                bitmap[word] ^= lowest
-        else:
-            space = row_length
-            row = opened
-            opened += 1
-        rows_P[p] = row
-        held[row] += 1
-        space -= size
-        if space > 0 and held[row] < max_segments:
-            below[row] = head[space]
-            head[space] = row
-            bitmap[space // 64] |= np.uint64(1) << np.uint64(space % 64)
-    return rows_P
-
-
-@numba.njit(cache=True, nogil=True)
-def _first_fit(sizes_P, row_length, max_segments):  # type: ignore[no-untyped-def]
-    """Row of each piece; a tree of largest free spaces finds the earliest row with room."""
-    leaves = 1
-    while leaves < max(sizes_P.size, 1):
-        leaves *= 2
-    tree = np.full(2 * leaves, row_length, np.int64)
-    held = np.zeros(leaves, np.int64)
-    rows_P = np.empty(sizes_P.size, np.int64)
-    for p in range(sizes_P.size):
-        node = 1
-        while node < leaves:
-            node = 2 * node if tree[2 * node] >= sizes_P[p] else 2 * node + 1
-        row = node - leaves
-        rows_P[p] = row
-        held[row] += 1
-        tree[node] = tree[node] - sizes_P[p] if held[row] < max_segments else 0
-        while node > 1:
-            node //= 2
-            tree[node] = max(tree[2 * node], tree[2 * node + 1])
-    return rows_P
-
-
-@numba.njit(cache=True, nogil=True)
-def _concat(lengths_D, row_length, max_segments):  # type: ignore[no-untyped-def]
-    """Pieces end to end; a row ends when it is full or holds ``max_segments`` pieces."""
-    most = lengths_D.size
-    for length in lengths_D:
-        most += length // row_length + 1
-    documents = np.empty(most, np.int64)
-    offsets = np.empty(most, np.int64)
-    sizes = np.empty(most, np.int64)
-    rows = np.empty(most, np.int64)
-    p = 0
-    row = 0
-    free = row_length
-    held = 0
-    for d in range(lengths_D.size):
-        start = 0
-        while start < lengths_D[d]:
-            if free == 0 or held == max_segments:
-                row += 1
-                free = row_length
-                held = 0
-            size = min(free, lengths_D[d] - start)
-            documents[p] = d
-            offsets[p] = start
-            sizes[p] = size
-            rows[p] = row
-            start += size
-            free -= size
-            held += 1
-            p += 1
-    return documents[:p], offsets[:p], sizes[:p], rows[:p]

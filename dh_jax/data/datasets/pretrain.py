@@ -8,7 +8,7 @@ import grain
 
 from dh_jax.config import DataConfig, SourceConfig
 from dh_jax.data.encoding import make_encoder
-from dh_jax.data.packing import PackedDataset, Window
+from dh_jax.data.packing import PackedDataset, Window, leaves
 from dh_jax.data.seeding import derive
 from dh_jax.data.sources import DocumentSource
 from dh_jax.data.store import StoredDocuments
@@ -51,11 +51,12 @@ class PretrainDataset(PackedDataset):
     ):
         own_seed = derive(seed, name, split)
         epochs = spec.max_epochs if repeat else 1
+        size = config.packing.window - leaves(config.packing)  # room for what one leaves the next
         windows: grain.IterDataset[Window]
         if documents is not None:
             windows = StoreWindows(
                 documents,
-                config.packing.window,
+                size,
                 seed=own_seed,
                 shuffle=shuffle,
                 epochs=epochs,
@@ -66,7 +67,7 @@ class PretrainDataset(PackedDataset):
                 name,
                 open_epoch,
                 make_encoder(spec, config, tokenizer),
-                config.packing.window,
+                size,
                 seed=own_seed,
                 epochs=epochs,
                 held_out=held_out,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -12,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dh_jax.config import PackingConfig
+from dh_jax.data import fitting
+from dh_jax.data.fitting import pair_fit
 from dh_jax.data.packing import (
     DOCUMENT,
     LENGTH,
@@ -20,6 +23,7 @@ from dh_jax.data.packing import (
     Shards,
     TokenShard,
     Window,
+    leaves,
 )
 from dh_jax.data.planning import Plan, plan_rows
 
@@ -50,6 +54,49 @@ def test_every_token_stands_exactly_once_and_no_row_overflows(
     assert (np.diff(plan.splits_R1) >= 1).all() and (np.diff(plan.splits_R1) <= segments).all()
     rows = np.add.reduceat(plan.lengths_P, plan.splits_R1[:-1]) if sum(lengths) else np.zeros(0)
     assert (rows <= row_length).all()
+
+
+@given(LENGTHS, STRATEGIES, st.integers(4, 40), st.integers(1, 8), st.integers(0, 9), st.data())
+def test_what_is_left_is_the_ends_of_documents_and_never_left_twice(
+    lengths: list[int], strategy: str, row_length: int, segments: int, leave: int, data: st.DataObject
+) -> None:
+    """Carried pieces fit a row, as those that a window leaves do."""
+    carried = data.draw(st.integers(0, len(lengths)))
+    lengths = [min(n, row_length) for n in lengths[:carried]] + lengths[carried:]
+    packing = PackingConfig(strategy=strategy, max_segments=segments)
+    plan = plan_rows(lengths, row_length, packing, carried=carried, leave=leave)
+    left = {int(d): int(offset) for d, offset in plan.left_L2}
+    assert len(left) == plan.left_L2.shape[0] <= leave and min(left, default=carried) >= carried
+    placed = dict.fromkeys(range(len(lengths)), 0)
+    for d, offset, length in zip(plan.documents_P, plan.offsets_P, plan.lengths_P, strict=True):
+        placed[int(d)] += int(length)
+        assert offset + length <= left.get(int(d), lengths[d])
+    assert placed == {d: left.get(d, n) for d, n in enumerate(lengths)}
+    rows = np.add.reduceat(plan.lengths_P, plan.splits_R1[:-1]) if plan.lengths_P.size else []
+    assert (np.asarray(rows) <= row_length).all() and (np.diff(plan.splits_R1) <= segments).all()
+
+
+@given(st.lists(st.integers(1, 64), max_size=60), st.integers(1, 8), st.integers(0, 9))
+def test_pair_fit_places_every_piece_and_overfills_nothing(
+    sizes: list[int], segments: int, tolerance: int
+) -> None:
+    rows = pair_fit(np.array(sizes, np.int64), 64, segments, tolerance).tolist()
+    assert len(rows) == len(sizes) and set(rows) == set(range(len(set(rows))))
+    for row in set(rows):
+        held = [size for size, r in zip(sizes, rows, strict=True) if r == row]
+        assert sum(held) <= 64 and len(held) <= segments
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=30), st.integers(1, 60), st.booleans())
+def test_the_best_pair_is_the_best_of_all_pairs(
+    sizes: list[int], space: int, even: bool
+) -> None:
+    count = np.bincount(sizes, minlength=65)
+    down = np.maximum(np.arange(65) - 1, 0)
+    gap, large, small = fitting._best_pair(down, count, space, 0, even)
+    pairs = [a + b for a, b in itertools.combinations(sizes, 2) if a + b <= space]
+    assert gap == space - max(pairs, default=0)
+    assert large + small == max(pairs, default=0)
 
 
 @given(LENGTHS, st.sampled_from(["best_fit", "first_fit"]), st.integers(4, 100))
@@ -88,12 +135,6 @@ def test_best_fit_equals_a_literal_transcription(
     fills = np.add.reduceat(plan.lengths_P, plan.splits_R1[:-1]) if rows else np.zeros(0)
     if segments > max((len(r) for r in rows), default=0):  # ties may be broken differently else
         assert sorted(fills.tolist()) == sorted(sum(r) for r in rows)
-
-
-def test_best_fit_fills_rows_of_realistic_documents() -> None:
-    lengths = np.random.default_rng(0).lognormal(6.8, 1.1, 1024).astype(int) + 1
-    plan = plan_rows(lengths, 2048, PackingConfig())
-    assert lengths.sum() / ((plan.splits_R1.size - 1) * 2048) > 0.997
 
 
 class ListWindows(grain.IterDataset[Window]):
@@ -143,6 +184,46 @@ def described(rows: Any) -> list[tuple[Any, ...]]:
     ]
 
 
+@pytest.mark.parametrize("row_length", [2048, 8192])
+@pytest.mark.parametrize(("mean", "spread"), [(6.3, 0.4), (6.8, 1.1), (7.2, 0.8)])
+def test_best_fit_fills_rows_of_documents_of_any_length(
+    row_length: int, mean: float, spread: float
+) -> None:
+    """Few short documents a row are the hard case: lengths are lognormal, like those of prose,
+    word problems and code."""
+    packing = PackingConfig()
+    random = np.random.default_rng(0)
+    size = packing.window - leaves(packing)
+    lengths = [(random.lognormal(mean, spread, size).astype(int) + 1).tolist() for _ in range(8)]
+    rows = list(iter(PackedDataset(ListWindows(lengths), row_length, packing)))
+    windows = {id(row.packed): row.packed for row in rows}
+    assert max(packed.window.ids_D.size for packed in windows.values()) <= packing.window
+    placed = sum(row.tokens for row in rows)
+    assert placed == sum(map(sum, lengths))
+    whole = [row for row in rows if row.packed.window.ids_D.size > leaves(packing)]
+    assert sum(row.tokens for row in whole) / (len(whole) * row_length) > 0.997
+
+
+@settings(max_examples=25)
+@given(st.lists(LENGTHS, min_size=1, max_size=5), STRATEGIES, st.sampled_from([8, 64, 1024]))
+def test_every_token_of_every_window_comes_once(
+    lengths: list[list[int]], strategy: str, window: int
+) -> None:
+    packing = PackingConfig(strategy=strategy, window=window)
+    seen: dict[int, list[tuple[int, int]]] = {}
+    for ids, offsets, sizes in described(PackedDataset(ListWindows(lengths), 32, packing)):
+        for document, offset, size in zip(ids, offsets, sizes, strict=True):
+            seen.setdefault(document, []).append((offset, size))
+    for w, of_window in enumerate(lengths):
+        for d, length in enumerate(of_window):
+            at = 0
+            for offset, size in sorted(seen.pop(1000 * (w + 1) + d, [])):
+                assert offset == at
+                at += size
+            assert at == length
+    assert not seen
+
+
 @settings(max_examples=25)
 @given(st.lists(LENGTHS, min_size=1, max_size=4), STRATEGIES)
 def test_resume_at_every_row_equals_no_resume(lengths: list[list[int]], strategy: str) -> None:
@@ -160,7 +241,9 @@ def test_resume_at_every_row_equals_no_resume(lengths: list[list[int]], strategy
 
 def test_grain_checkpoint_contract_holds() -> None:
     rows = PackedDataset(ListWindows([[5, 9, 30], [70], [1, 2]]), 16, PackingConfig())
-    grain.experimental.assert_equal_output_after_checkpoint(rows)
+    # Described, since rows that are read again lie in other arrays.
+    described_rows = rows.map(lambda row: described([row]))
+    grain.experimental.assert_equal_output_after_checkpoint(described_rows)
 
 
 def test_stepping_back_a_few_rows_reads_nothing_again() -> None:
