@@ -82,20 +82,25 @@ def state_and_restore() -> None:
     rows_an_epoch = _corpus.documents("files").lengths_D.sum() // T
     position = state["mixture"]["files"]["source"]
     position["window"] |= {"epoch": int(10**9 // rows_an_epoch), "window": 1}
-    position["row"] = 700
+    left = " ".join(["14"] * 60)  # as much as a window leaves: two windows are read again
+    position |= {"following": True, "left": left, "row": 700}
     start = time.perf_counter()
     loader.set_state(state)
     next(loader)
     print(f"restore and first batch after a billion rows: {1e3 * (time.perf_counter() - start):.1f}"
           " ms")  # fmt: skip
     loader.close()
-    spec = {"kind": "files", "paths": [str(_corpus.corpus_file("files"))], "max_documents": 40}
+    paths = [str(_corpus.corpus_file(kind)) for kind in ("files", "paragraphs")]
+    sources = {
+        f"source_{i}": {"kind": "files", "paths": [paths[i % 2]], "max_documents": 1000}
+        for i in range(100)
+    }
     many = load_data_config(
-        {"name": "many", "tokenizer": _corpus.TOKENIZER, "max_length": T,
-         "packing": {"window": 32}, "sources": {f"source_{i}": spec for i in range(100)}}
-    )  # fmt: skip
-    with get_loader(many, batch_size=100, prefetch=0) as hundred:
-        next(hundred)
+        {"name": "many", "tokenizer": _corpus.TOKENIZER, "max_length": 256, "sources": sources}
+    )
+    with get_loader(many, batch_size=1000, prefetch=0) as hundred:
+        for _ in range(100):  # every source is in its second window or later
+            next(hundred)
         cost = seconds(hundred.get_state, 5)
         size = len(json.dumps(hundred.get_state()))
     print(f"state of 100 streamed sources: {size / 1024:.1f} KiB, taken in {1e3 * cost:.2f} ms")

@@ -11,6 +11,7 @@ import math
 import numba
 import numpy as np
 
+
 @numba.njit(cache=True, nogil=True)
 def best_fit(sizes_P, row_length, max_segments):  # type: ignore[no-untyped-def]
     """Row of each piece. Open rows hang in one list per free space (``head``, ``below``); a

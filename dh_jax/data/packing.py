@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from dh_jax.config import PackingConfig
 from dh_jax.data.planning import Ints, plan_rows
+from dh_jax.errors import StateError
 
 
 class TokenShard(NamedTuple):
@@ -83,7 +84,7 @@ class PackedWindow(NamedTuple):
     splits_R1: Ints
     tokens_R: list[int]  # tokens of each row
     truncated: int  # tokens given up because long documents are truncated
-    left: str  # to the next window: "3 17+2048" is document 3, and 17 from its token 2048 on
+    left: str  # to the next window: "3 14+2048" is document 3, and 3 + 14 from token 2048 on
 
 
 # Columns of `pieces_P6`. One array, because a compiled function is called with it for every few
@@ -129,11 +130,25 @@ def pack(window: Window, row_length: int, packing: PackingConfig, *, shuffle: bo
         plan.documents_P, plan.offsets_P, plan.lengths_P, plan.splits_R1,
         window.shards_D, window.starts_D, window.lengths_D, window.offsets_C,
     )  # fmt: skip
-    first = window.offsets_C.size  # what is left stands behind what was carried
-    left = [f"{d - first}+{at}" if at else f"{d - first}" for d, at in plan.left_L2.tolist()]
-    return PackedWindow(
-        window, pieces, plan.splits_R1, tokens.tolist(), plan.truncated, " ".join(left)
-    )
+    left = _write_left(plan.left_L2, window.offsets_C.size)
+    return PackedWindow(window, pieces, plan.splits_R1, tokens.tolist(), plan.truncated, left)
+
+
+def _write_left(left_L2: Ints, first: int) -> str:
+    """What is left as short text, for it is in the state of every source: steps from document to
+    document, the first of them counted from ``first`` (what was carried is never left)."""
+    left_L2 = left_L2[np.argsort(left_L2[:, 0])]
+    steps = np.diff(left_L2[:, 0], prepend=first).tolist()
+    offsets = left_L2[:, 1].tolist()
+    return " ".join(f"{d}+{at}" if at else f"{d}" for d, at in zip(steps, offsets, strict=True))
+
+
+def _read_left(left: str) -> Ints:
+    """(document, offset) of each piece."""
+    pairs = [piece.partition("+") for piece in left.split()]
+    left_L2 = np.array([(int(d), int(at or 0)) for d, _, at in pairs], np.int64)
+    left_L2[:, 0] = np.cumsum(left_L2[:, 0])
+    return left_L2
 
 
 @numba.njit(cache=True, nogil=True)
@@ -160,9 +175,17 @@ def _tabulate(  # type: ignore[no-untyped-def]
 
 def carry(before: Window, left: str, window: Window | None) -> Window:
     """A window that begins with what the one before left over, each the end of a document;
-    ``window`` is None behind the last."""
-    pairs = [piece.partition("+") for piece in left.split()]
-    documents, offsets = np.array([(int(d), int(at or 0)) for d, _, at in pairs], np.int64).T
+    ``window`` is None behind the last.
+
+    Raises:
+        StateError: ``left`` speaks of documents that the window before does not have.
+    """
+    documents, offsets = _read_left(left).T
+    if documents[-1] >= before.lengths_D.size or (offsets >= before.lengths_D[documents]).any():
+        raise StateError(
+            f"the state says that documents {left!r} of a window of {before.lengths_D.size} are "
+            "still to come; it was saved with other data"
+        )
     shards, first = before.shards, 0
     if window is None:
         window = Window(shards, *(column[:0] for column in before[1:5]), before.seed)

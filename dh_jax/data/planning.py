@@ -18,6 +18,7 @@ from dh_jax.errors import ConfigError
 
 Ints = npt.NDArray[np.int64]
 WELL_FILLED = 0.997  # a row below this may be left to the next window
+ENOUGH = 0.999  # of all rows that stay: no more is left then
 TOLERANCE = 1 / 256  # of a row: the gap at which `pair_fit` stops searching
 
 
@@ -28,8 +29,8 @@ class Plan(NamedTuple):
     offsets_P: Ints  # first token of the piece within its document
     lengths_P: Ints
     splits_R1: Ints
-    truncated: int  # tokens given up because long documents are truncated
     left_L2: Ints  # (document, offset) of pieces in no row: the next window shall place them
+    truncated: int  # tokens given up because long documents are truncated
 
 
 def plan_rows(
@@ -84,82 +85,70 @@ def plan_rows(
             rows = first_fit(sizes, row_length, most)
         else:
             raise ConfigError(f"packing.strategy {packing.strategy!r} is unknown")
-    was_carried = documents < carried
-    stays, fill = _leave(rows, sizes, was_carried, row_length, most, leave)
+    stays, fill = _leave(rows, sizes, documents, row_length, most, carried, leave)
     if packing.strategy == "best_fit" and fill < WELL_FILLED:
-        other = pair_fit(sizes, row_length, most, int(row_length * TOLERANCE))
-        other_stays, other_fill = _leave(other, sizes, was_carried, row_length, most, leave)
-        if other_fill > fill:
-            rows, stays = other, other_stays
-    left = np.stack([documents[~stays], offsets[~stays]], axis=1)
-    rows, count = _renumbered(rows, stays)
-    if seed is not None:
-        rows = permuted(0, count, count, seed)[rows]
-    documents, offsets, sizes, splits = _by_row(
-        documents[stays], offsets[stays], sizes[stays], rows, count
-    )
-    return Plan(documents, offsets, sizes, splits, truncated, left)
+        others = pair_fit(sizes, row_length, most, int(row_length * TOLERANCE))
+        other = _leave(others, sizes, documents, row_length, most, carried, leave)
+        if other[1] > fill:
+            rows, (stays, fill) = others, other
+    count = int(np.count_nonzero(stays))
+    order = np.arange(count) if seed is None else permuted(0, count, count, seed)
+    return Plan(*_by_row(documents, offsets, sizes, rows, stays, order), truncated)
 
 
 @numba.njit(cache=True, nogil=True)
-def _leave(rows_P, sizes_P, carried_P, row_length, max_segments, most):  # type: ignore[no-untyped-def]
-    """Which pieces stay, and how full the rows that stay are.
+def _leave(  # type: ignore[no-untyped-def]
+    rows_P, sizes_P, documents_P, row_length, max_segments, carried, most
+):
+    """Which rows stay, and how full these are.
 
     Rows that are not `WELL_FILLED` are left, the emptiest first, until they hold ``most``
     pieces; not those that no further piece may enter, nor those with a carried one.
     """
-    count = 0
-    for row in rows_P:
-        count = max(count, row + 1)
+    count = rows_P.max() + 1 if rows_P.size else 0
     filled_R = np.zeros(count, np.int64)
     held_R = np.zeros(count, np.int64)
-    stays_R = np.ones(count, np.bool_)
-    fixed_R = np.zeros(count, np.bool_)
     for p in range(rows_P.size):
         filled_R[rows_P[p]] += sizes_P[p]
         held_R[rows_P[p]] += 1
-        fixed_R[rows_P[p]] |= carried_P[p]
+        if documents_P[p] < carried:
+            held_R[rows_P[p]] = max_segments
+    poor = np.flatnonzero((filled_R < WELL_FILLED * row_length) & (held_R < max_segments))
+    stays_R = np.ones(count, np.bool_)
     tokens, rows = filled_R.sum(), count
-    while rows > 1:
-        worst = -1
-        for r in range(count):
-            open_ = stays_R[r] and not fixed_R[r] and held_R[r] < max_segments
-            if open_ and (worst < 0 or filled_R[r] < filled_R[worst]):
-                worst = r
-        if worst < 0 or filled_R[worst] >= WELL_FILLED * row_length or held_R[worst] > most:
+    for row in poor[np.argsort(filled_R[poor], kind="mergesort")]:
+        most -= held_R[row]
+        if most < 0 or rows == 1 or tokens >= ENOUGH * rows * row_length:
             break
-        stays_R[worst] = False
-        most -= held_R[worst]
-        tokens -= filled_R[worst]
+        stays_R[row] = False
+        tokens -= filled_R[row]
         rows -= 1
-    return stays_R[rows_P], tokens / max(rows * row_length, 1)
+    return stays_R, tokens / max(rows * row_length, 1)
 
 
 @numba.njit(cache=True, nogil=True)
-def _renumbered(rows_P, stays_P):  # type: ignore[no-untyped-def]
-    """Rows of the pieces that stay, numbered from 0 without gaps, and their number."""
-    count = 0
+def _by_row(documents_P, offsets_P, sizes_P, rows_P, stays_R, order_R):  # type: ignore[no-untyped-def]
+    """Pieces of the rows that stay, row by row in the given order; where each row begins; and
+    (document, offset) of the other pieces."""
+    place_R = np.full(stays_R.size, order_R.size)  # behind all others: left
+    place_R[stays_R] = order_R
+    splits_R1 = np.zeros(order_R.size + 2, np.int64)
     for row in rows_P:
-        count = max(count, row + 1)
-    number_R = np.zeros(count + 1, np.int64)
+        splits_R1[place_R[row] + 1] += 1
+    splits_R1 = np.cumsum(splits_R1)
+    ends_R = splits_R1.copy()
+    documents = np.empty_like(documents_P)
+    offsets = np.empty_like(offsets_P)
+    sizes = np.empty_like(sizes_P)
     for p in range(rows_P.size):
-        if stays_P[p]:
-            number_R[rows_P[p] + 1] = 1
-    for r in range(count):
-        number_R[r + 1] += number_R[r]
-    return number_R[rows_P[stays_P]], number_R[count]
-
-
-@numba.njit(cache=True, nogil=True)
-def _by_row(documents_P, offsets_P, sizes_P, rows_P, count):  # type: ignore[no-untyped-def]
-    """Pieces in the order of their rows, and where each row begins."""
-    order_P = _sorting(rows_P, count)
-    splits_R1 = np.zeros(count + 1, np.int64)
-    for row in rows_P:
-        splits_R1[row + 1] += 1
-    for r in range(count):
-        splits_R1[r + 1] += splits_R1[r]
-    return documents_P[order_P], offsets_P[order_P], sizes_P[order_P], splits_R1
+        place = place_R[rows_P[p]]
+        at = ends_R[place]
+        ends_R[place] += 1
+        documents[at], offsets[at], sizes[at] = documents_P[p], offsets_P[p], sizes_P[p]
+    splits_R1 = splits_R1[:-1]
+    n = splits_R1[-1]
+    left_L2 = np.stack((documents[n:], offsets[n:]), axis=1)
+    return documents[:n], offsets[:n], sizes[:n], splits_R1, left_L2
 
 
 @numba.njit(cache=True, nogil=True)

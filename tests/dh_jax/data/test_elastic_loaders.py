@@ -12,7 +12,7 @@ from dh_jax.data.elastic import reshard_loaders
 from dh_jax.data.loader import Loader, get_loader
 from dh_jax.errors import StateError
 
-WINDOW = 8
+WINDOW = 32
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from dh_jax.data.packing import (
     leaves,
 )
 from dh_jax.data.planning import Plan, plan_rows
+from dh_jax.errors import StateError
 
 LENGTHS = st.lists(st.integers(0, 90), min_size=1, max_size=60)
 STRATEGIES = st.sampled_from(["best_fit", "first_fit", "concat"])
@@ -58,7 +59,12 @@ def test_every_token_stands_exactly_once_and_no_row_overflows(
 
 @given(LENGTHS, STRATEGIES, st.integers(4, 40), st.integers(1, 8), st.integers(0, 9), st.data())
 def test_what_is_left_is_the_ends_of_documents_and_never_left_twice(
-    lengths: list[int], strategy: str, row_length: int, segments: int, leave: int, data: st.DataObject
+    lengths: list[int],
+    strategy: str,
+    row_length: int,
+    segments: int,
+    leave: int,
+    data: st.DataObject,
 ) -> None:
     """Carried pieces fit a row, as those that a window leaves do."""
     carried = data.draw(st.integers(0, len(lengths)))
@@ -88,9 +94,7 @@ def test_pair_fit_places_every_piece_and_overfills_nothing(
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=30), st.integers(1, 60), st.booleans())
-def test_the_best_pair_is_the_best_of_all_pairs(
-    sizes: list[int], space: int, even: bool
-) -> None:
+def test_the_best_pair_is_the_best_of_all_pairs(sizes: list[int], space: int, even: bool) -> None:
     count = np.bincount(sizes, minlength=65)
     down = np.maximum(np.arange(65) - 1, 0)
     gap, large, small = fitting._best_pair(down, count, space, 0, even)
@@ -244,6 +248,14 @@ def test_grain_checkpoint_contract_holds() -> None:
     # Described, since rows that are read again lie in other arrays.
     described_rows = rows.map(lambda row: described([row]))
     grain.experimental.assert_equal_output_after_checkpoint(described_rows)
+
+
+@pytest.mark.parametrize("left", ["1 9", "0+40"])
+def test_a_state_of_other_data_is_refused(left: str) -> None:
+    iterator = iter(PackedDataset(ListWindows([[5, 9, 30], [70]]), 16, PackingConfig()))
+    iterator.set_state({"window": {"window": 0}, "following": True, "left": left, "row": 0})
+    with pytest.raises(StateError, match="of a window of 3"):
+        next(iterator)
 
 
 def test_stepping_back_a_few_rows_reads_nothing_again() -> None:
