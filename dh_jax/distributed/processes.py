@@ -1,0 +1,74 @@
+"""Joining the processes of one run, and leaving them."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import jax
+
+from dh_jax.config import MeshConfig
+from dh_jax.errors import ConfigError
+
+ENVIRONMENT = {  # of what the config leaves null
+    "coordinator": "JAX_COORDINATOR_ADDRESS",
+    "processes": "JAX_NUM_PROCESSES",
+    "process": "JAX_PROCESS_ID",
+}
+
+
+def join(config: MeshConfig) -> None:
+    """Make this process one of several; nothing happens where no coordinator is named.
+
+    Every process is started with the same command. ``mesh.coordinator`` is the ``host:port`` of
+    process 0, ``mesh.processes`` their number, ``mesh.process`` the index of this one; what is
+    null is read from `ENVIRONMENT`. ``mesh.coordinator=auto`` asks the cluster for all three
+    (Slurm, Open MPI, Kubernetes, Cloud TPU). Must run before anything touches a device.
+
+    Raises:
+        ConfigError: one of the three is missing or impossible.
+    """
+    if jax.distributed.is_initialized():
+        return
+    found = {
+        key: getattr(config, key) if getattr(config, key) is not None else os.environ.get(name)
+        for key, name in ENVIRONMENT.items()
+    }
+    address = found["coordinator"]
+    if address == "auto":
+        jax.distributed.initialize()
+        return
+    missing = [key for key, value in found.items() if value is None]
+    if len(missing) == len(found):
+        return
+    if missing:
+        raise ConfigError(
+            f"mesh.{missing[0]} is null, but a run of several processes needs it; set it, or the "
+            f"environment's {ENVIRONMENT[missing[0]]}, or none of the three for one process"
+        )
+    try:
+        count, index = int(found["processes"]), int(found["process"])
+    except ValueError:
+        count = index = -1
+    host, _, port = str(address).rpartition(":")
+    if not 0 <= index < count or not host or not port.isdigit():
+        raise ConfigError(
+            f"mesh.coordinator {address!r}, processes {found['processes']}, process "
+            f"{found['process']}: give host:port, a positive count, and an index below it"
+        )
+    jax.distributed.initialize(address, count, index, cluster_detection_method="deactivate")
+
+
+def leave(code: int) -> int:
+    """End this process if it is one of several; else hand the exit code back.
+
+    The collectives' library (gloo) leaves threads behind that abort an ordinary exit now and
+    then. A process that fails does not wait for the others: they notice within two minutes.
+    """
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        return code
+    if code == 0:
+        jax.distributed.shutdown()  # waits for the others
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
