@@ -9,6 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from dh_jax.distributed.mesh import loader_shard
 
 
 def from_first_host(weights: Mapping[str, float]) -> dict[str, float]:
@@ -45,6 +48,15 @@ def gather(value: Any) -> list[Any]:
     padded[: text.size] = text
     texts = multihost_utils.process_allgather(padded)
     return [json.loads(row[:n].tobytes()) for row, n in zip(texts, lengths, strict=True)]
+
+
+def of_all_shards(value: Any, mesh: Mesh) -> list[Any]:
+    """A JSON-able value of every shard of rows, each once, in their order; call it everywhere."""
+    index, count = loader_shard(mesh)
+    if count == 1:
+        return [value]
+    by_index = dict(gather([index, value]))
+    return [by_index[i] for i in range(count)]
 
 
 def any_host(flag: bool) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 import jax
 
@@ -17,7 +18,7 @@ ENVIRONMENT = {  # of what the config leaves null
 }
 
 
-def join(config: MeshConfig) -> None:
+def join(config: MeshConfig) -> int:
     """Make this process one of several; nothing happens where no coordinator is named.
 
     Every process is started with the same command. ``mesh.coordinator`` is the ``host:port`` of
@@ -25,22 +26,25 @@ def join(config: MeshConfig) -> None:
     null is read from `ENVIRONMENT`. ``mesh.coordinator=auto`` asks the cluster for all three
     (Slurm, Open MPI, Kubernetes, Cloud TPU). Must run before anything touches a device.
 
+    Returns:
+        The index of this process.
+
     Raises:
         ConfigError: one of the three is missing or impossible.
     """
     if jax.distributed.is_initialized():
-        return
-    found = {
+        return jax.process_index()
+    found: dict[str, Any] = {
         key: getattr(config, key) if getattr(config, key) is not None else os.environ.get(name)
         for key, name in ENVIRONMENT.items()
     }
     address = found["coordinator"]
     if address == "auto":
         jax.distributed.initialize()
-        return
+        return jax.process_index()
     missing = [key for key, value in found.items() if value is None]
     if len(missing) == len(found):
-        return
+        return 0
     if missing:
         raise ConfigError(
             f"mesh.{missing[0]} is null, but a run of several processes needs it; set it, or the "
@@ -57,6 +61,7 @@ def join(config: MeshConfig) -> None:
             f"{found['process']}: give host:port, a positive count, and an index below it"
         )
     jax.distributed.initialize(address, count, index, cluster_detection_method="deactivate")
+    return index
 
 
 def leave(code: int) -> int:
