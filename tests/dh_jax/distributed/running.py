@@ -84,7 +84,9 @@ def train_command(
     make_config: Callable[..., Any], store: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Command:
     """`dh train` of a tiny model on the prepared store of the small corpora."""
-    return Command(write_data(make_config(store=str(store)), tmp_path_factory), _cache(tmp_path_factory))
+    return Command(
+        write_data(make_config(store=str(store)), tmp_path_factory), _cache(tmp_path_factory)
+    )
 
 
 @pytest.fixture(scope="session")
