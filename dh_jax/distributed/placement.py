@@ -122,15 +122,17 @@ def _spell(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def _letters(path: str, shape: tuple[int, ...]) -> str:
+    """The letters of a path, one for each dimension, those of stacked layers blank."""
+    letters = next((x for pattern, x in PARAMETERS if re.search(pattern, path)), "?" * len(shape))
+    return letters.rjust(len(shape)) if len(letters) <= len(shape) else "?" * len(shape)
+
+
 def _wanted(path: str, shape: tuple[int, ...]) -> dict[int, str]:
     """Dimension -> axis, as the table has it."""
-    letters = next((x for pattern, x in PARAMETERS if re.search(pattern, path)), "")
-    lead = len(shape) - len(letters)
-    if lead < 0:
-        return {}
     return {
-        lead + i: PARAMETER_AXES[letter]
-        for i, letter in enumerate(letters)
+        i: PARAMETER_AXES[letter]
+        for i, letter in enumerate(_letters(path, shape))
         if letter in PARAMETER_AXES
     }
 
@@ -138,11 +140,11 @@ def _wanted(path: str, shape: tuple[int, ...]) -> dict[int, str]:
 def _spec(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
     if math.prod(shape) < SHARDED_FROM:
         return PartitionSpec()
-    wanted = _wanted(path, shape)
-    split = {i: axis for i, axis in wanted.items() if shape[i] % sizes[axis] == 0}
+    wanted = _wanted(path, shape).items()
+    split = {i: axis for i, axis in wanted if shape[i] % sizes[axis] == 0}
     if "fsdp" not in split.values():
-        first = min(wanted, default=0)  # behind the layers of a scanned model
-        free = [i for i in range(first, len(shape)) if i not in split]
+        letters = _letters(path, shape)
+        free = [i for i, letter in enumerate(letters) if letter != " " and i not in split]
         fitting = [i for i in free if shape[i] % sizes["fsdp"] == 0]
         if fitting:
             split[max(fitting, key=lambda i: shape[i])] = "fsdp"
