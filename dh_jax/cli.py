@@ -51,8 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         options.overrides = [*options.overrides, *rest]
     code = _run(options)
-    # One of several processes ends here.
-    return int(_module("distributed.processes").leave(code)) if options.command == "train" else code
+    if options.command != "train":
+        return code
+    together = code in (0, EXIT_INTERRUPTED)
+    return int(_module("distributed.processes").leave(code, together=together))
 
 
 def _run(options: argparse.Namespace) -> int:

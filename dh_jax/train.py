@@ -43,7 +43,7 @@ from dh_jax.distributed.mesh import (
     row_ways,
     to_device,
 )
-from dh_jax.distributed.placement import check_heads, on_mesh, param_shardings
+from dh_jax.distributed.placement import check_heads, on_mesh, param_shardings, warn_unsplit
 from dh_jax.distributed.processes import join
 from dh_jax.errors import ConfigError, DataError
 from dh_jax.evaluate import make_evaluation
@@ -169,6 +169,7 @@ def open_run(config: RunConfig, closing: ExitStack) -> Run:
             "set model.vocab_size=null to take the tokenizer's"
         )
     graph, params = decoder.build(config.model, vocab_size, key)
+    warn_unsplit(params, mesh)
     params = place(params, param_shardings(params, mesh))
     # A chunk of targets is cut from all rows, so it is as many times longer as rows are split.
     chunk = decoder.LOSS_CHUNK * row_ways(mesh)

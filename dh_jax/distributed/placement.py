@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -96,6 +97,17 @@ def unsplit(params: Params, mesh: AnyMesh) -> list[Unsplit]:
             if x.size >= SHARDED_FROM and x.shape[dimension] % mesh.shape[axis]:
                 found.append(Unsplit(spelt, x.shape, dimension, axis))
     return found
+
+
+def warn_unsplit(params: Params, mesh: AnyMesh) -> None:
+    """Warn of what `unsplit` finds, in one line."""
+    if found := unsplit(params, mesh):
+        named = ", ".join(f"{x.path} {x.shape} over {x.axis}" for x in found[:3])
+        warnings.warn(
+            f"mesh {dict(mesh.shape)} does not divide {len(found)} dimensions of parameters, which "
+            f"stay whole along them: {named}; other sizes would save memory",
+            stacklevel=2,
+        )
 
 
 def check_heads(config: ModelConfig, mesh: AnyMesh) -> None:

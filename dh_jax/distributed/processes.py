@@ -64,16 +64,21 @@ def join(config: MeshConfig) -> int:
     return index
 
 
-def leave(code: int) -> int:
+def leave(code: int, *, together: bool) -> int:
     """End this process if it is one of several; else hand the exit code back.
 
     The collectives' library (gloo) leaves threads behind that abort an ordinary exit now and
-    then. A process that fails does not wait for the others: they notice within two minutes.
+    then.
+
+    Args:
+        code: of the exit.
+        together: all processes are leaving, so wait for them. One that fails alone does not wait:
+            the others notice within two minutes.
     """
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
         return code
-    if code == 0:
-        jax.distributed.shutdown()  # waits for the others
+    if together:
+        jax.distributed.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -8,15 +8,13 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 from omegaconf import OmegaConf
 
 SMALL = (
-    "model.width=128", "model.layers=1", "model.heads=2", "model.kv_heads=2",
+    "model.vocab_size=768", "model.width=128", "model.layers=1", "model.heads=2", "model.kv_heads=2",
     "model.mlp_width=128", "training.batch_size=8", "training.eval_interval=10",
     "training.eval_rows=8", "training.warmup=2",
 )  # fmt: skip
@@ -36,7 +34,9 @@ class Command:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
         environment = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            # Most of such a run is compilation, which may as well be quick.
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
+            "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
             "JAX_COMPILATION_CACHE_DIR": str(self.cache),
             "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
@@ -45,7 +45,7 @@ class Command:
                 "JAX_COORDINATOR_ADDRESS": address,
                 "JAX_NUM_PROCESSES": str(processes),
             }
-        arguments = ["train", f"data={self.data}", *SMALL, f"out={out}", *overrides]
+        arguments = ["train", *self.overrides(out, *overrides)]
         return [
             subprocess.Popen(
                 [sys.executable, "-m", "dh_jax.cli", *arguments],
@@ -55,6 +55,10 @@ class Command:
             )
             for index in range(processes)
         ]
+
+    def overrides(self, out: Path, *more: str) -> list[str]:
+        """What a run is composed of."""
+        return [f"data={self.data}", *SMALL, f"out={out}", *more]
 
     def run(self, out: Path, *overrides: str, **sizes: int) -> list[str]:
         """Run to the end; what each process printed."""
@@ -79,30 +83,8 @@ def losses(out: Path) -> list[float]:
     return [record["loss"] for record in records(out)]
 
 
-@pytest.fixture(scope="session")
-def train_command(
-    make_config: Callable[..., Any], store: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Command:
-    """`dh train` of a tiny model on the prepared store of the small corpora."""
-    return Command(
-        write_data(make_config(store=str(store)), tmp_path_factory), _cache(tmp_path_factory)
-    )
-
-
-@pytest.fixture(scope="session")
-def stream_command(
-    make_config: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
-) -> Command:
-    """The same from streamed sources."""
-    return Command(write_data(make_config(), tmp_path_factory), _cache(tmp_path_factory))
-
-
-def _cache(factory: pytest.TempPathFactory) -> Path:
-    return factory.mktemp("compiled")
-
-
-def write_data(config: Any, factory: pytest.TempPathFactory) -> Path:
+def write_data(config: Any, folder: Path) -> Path:
     """A data config as a YAML file."""
-    path = factory.mktemp("config") / "small.yaml"
+    path = folder / "small.yaml"
     OmegaConf.save(OmegaConf.create(dataclasses.asdict(config)), path)
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import subprocess
 import sys
@@ -88,7 +89,7 @@ def test_missing_and_foreign_files_are_named(
     (folder / "z").write_bytes(b"")
     assert find_damage(folder) == [f"{gone} is missing", "z does not belong there"]
     parts = [find_damage(folder, part=(i, 3)) for i in range(3)]
-    assert sorted(sum(parts, [])) == sorted(find_damage(folder))
+    assert sorted(itertools.chain(*parts)) == sorted(find_damage(folder))
 
 
 def test_a_damaged_step_is_refused_by_name_and_says_which_is_intact(tmp_path: Path) -> None:
@@ -98,7 +99,7 @@ def test_a_damaged_step_is_refused_by_name_and_says_which_is_intact(tmp_path: Pa
     with Checkpoints(tmp_path, keep=3) as checkpoints:
         with pytest.raises(StateError, match=rf"{data.name} was changed; intact steps: 3, 6"):
             checkpoints.restore(arrays(), 9)
-        with pytest.raises(StateError, match="no checkpoint of step 4 .*: 3, 6, 9"):
+        with pytest.raises(StateError, match=r"no checkpoint of step 4 .*: 3, 6, 9"):
             checkpoints.restore(arrays(), 4)
         assert checkpoints.restore(arrays(), 6).host == {"step": 6}
 
@@ -130,9 +131,7 @@ def test_when_nothing_is_intact_every_step_and_file_is_named(tmp_path: Path) -> 
         (tmp_path / f"{step}/checksums.json").write_text("{}")
     with (
         Checkpoints(tmp_path) as checkpoints,
-        pytest.raises(
-            StateError, match=r"every .* damaged \(step 6: checksums.json was changed; st"
-        ),
+        pytest.raises(StateError, match=r"every .* damaged \(step 6: checksums.json was changed"),
     ):
         checkpoints.restore(arrays())
 

@@ -15,7 +15,14 @@ from jax.sharding import AbstractMesh
 
 from dh_jax.config import MeshConfig, ModelConfig, TrainingConfig
 from dh_jax.distributed.mesh import AXES, make_mesh, replicate
-from dh_jax.distributed.placement import check_heads, constrain, on_mesh, param_shardings, unsplit
+from dh_jax.distributed.placement import (
+    check_heads,
+    constrain,
+    on_mesh,
+    param_shardings,
+    unsplit,
+    warn_unsplit,
+)
 from dh_jax.dryrun import abstract_step, collectives, step_bytes
 from dh_jax.errors import ConfigError
 from dh_jax.models import decoder
@@ -117,6 +124,8 @@ def test_a_dimension_that_does_not_divide_stays_whole_and_is_named() -> None:
         ("head/kernel", 0, "fsdp"),
     ]
     assert unsplit(params, AbstractMesh((8, 1, 1), AXES)) == []
+    with pytest.warns(UserWarning, match=r"does not divide 2 dimensions .* embed/embedding"):
+        warn_unsplit(params, mesh)
 
 
 @given(
