@@ -14,8 +14,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 SMALL = (
-    "model.vocab_size=768", "model.width=128", "model.layers=1", "model.heads=2", "model.kv_heads=2",
-    "model.mlp_width=128", "training.batch_size=8", "training.eval_interval=10",
+    "model.vocab_size=768", "model.width=128", "model.layers=1", "model.heads=2",
+    "model.kv_heads=2", "model.mlp_width=128", "training.batch_size=8", "training.eval_interval=10",
     "training.eval_rows=8", "training.warmup=2",
 )  # fmt: skip
 
