@@ -45,7 +45,7 @@ def measure(
         model, training, mesh, vocab_size=vocab_size, row_length=ROW_LENGTH
     )
     compiled = step.lower(*arguments).compile()
-    traffic = {k: (x.count, x.bytes / 2**20) for k, x in collectives(compiled).items()}
+    traffic = {k: (x.times, x.bytes / 2**20) for k, x in collectives(compiled).items()}
     return step_bytes(compiled) / 2**20, traffic
 
 

@@ -39,7 +39,7 @@ class AbstractStep(NamedTuple):
 class Traffic(NamedTuple):
     """Collectives of one kind in one run of a program."""
 
-    count: int
+    times: int
     bytes: int  # of their results, on one device
 
 
@@ -126,8 +126,8 @@ def collectives(compiled: Any) -> dict[str, Traffic]:
                 kind = match[2]
                 so_far = found[kind]
                 size = _bytes(match[1])
-                found[kind] = Traffic(so_far.count + count, so_far.bytes + count * size)
-    return {kind: traffic for kind, traffic in found.items() if traffic.count}
+                found[kind] = Traffic(so_far.times + count, so_far.bytes + count * size)
+    return {kind: traffic for kind, traffic in found.items() if traffic.times}
 
 
 _COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(")

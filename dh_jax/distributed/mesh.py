@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dh_jax.batch import Batch
 from dh_jax.config import MeshConfig
@@ -60,7 +60,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
     )
 
 
-def row_ways(mesh: Mesh) -> int:
+def row_ways(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts the rows of a batch are split."""
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
