@@ -50,6 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
         options.overrides = [*options.overrides, *rest]
+    code = _run(options)
+    if options.command != "train":
+        return code
+    together = code in (0, EXIT_INTERRUPTED)
+    return int(_module("distributed.processes").leave(code, together=together))
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         return int(options.run(options))
     except UserError as error:
@@ -122,10 +130,12 @@ def build_parser() -> argparse.ArgumentParser:
 def _train(options: argparse.Namespace) -> int:
     train = _module("train")
     run = train.check(_module("compose").compose_run(options.overrides))
-    console = _console()
     if options.dry_run:
+        console = _console()
         _module("console").print_price(_module("pricing").price_run(run), console)
         return 0
+    # Before anything touches a device; beside the first process none speaks but of errors.
+    console = _console(quiet=_module("distributed.processes").join(run.mesh) > 0)
     with _module("console").TrainProgress(run.training.steps, console) as progress:
         command = " ".join(["dh train", *options.overrides])
         facts = train.train(run, listeners=(progress,), command=command)

@@ -53,7 +53,11 @@ def make_evaluation(
         ``params -> {domain: {"loss", "bits_per_byte", "targets"}}``; loss in nats a target.
     """
     batches = {
-        name: [to_device(b, mesh) for b in _rows(config, tokenizer, name, rows, batch_size)]
+        # Every process reads all rows and places its part: streams end together.
+        name: [
+            to_device(batch, mesh, whole=True)
+            for batch in _rows(config, tokenizer, name, rows, batch_size)
+        ]
         for name in config.sources
     }
     token_bytes_V = jnp.asarray(tokenizer.token_bytes_V)

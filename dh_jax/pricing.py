@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from dh_jax.batch import Batch
 from dh_jax.config import RunConfig, weights_of
 from dh_jax.data.prepare import open_prepared
 from dh_jax.data.tokenization import TokenizerWrapper
-from dh_jax.functions import Params
+from dh_jax.distributed.mesh import make_mesh
+from dh_jax.dryrun import abstract_step, step_bytes
 from dh_jax.mixing.registry import make_policy
 from dh_jax.models import decoder
-from dh_jax.train import make_optimizer, make_step
 
 MODEL_SHARE_OF_PEAK = 0.4  # of a large matrix product's rate that a whole step reaches on a CPU
 
@@ -68,30 +67,23 @@ def price_run(config: RunConfig) -> Price:
         {n: SourcePrice(w, round(w * tokens), available[n]) for n, w in weights.items()},
         tokens,
         decoder.count_parameters(params),
-        _step_bytes(config, vocab_size, params),
+        _step_bytes(config, vocab_size),
         flops_per_step,
         training.steps * flops_per_step / (MODEL_SHARE_OF_PEAK * _matmul_rate()),
     )
 
 
-def _step_bytes(config: RunConfig, vocab_size: int, params: Params) -> int:
-    """Memory of the compiled step by XLA's own account."""
-    optimizer = make_optimizer(config.training)
-    graph = decoder.abstract_graph(config.model, vocab_size)
-    shape = (config.training.batch_size, config.data.max_length)
-    ints = jax.ShapeDtypeStruct(shape, jnp.int32)
-    mask = jax.ShapeDtypeStruct(shape, jnp.bool_)
-    batch = Batch(ints, ints, mask, ints, ints, jax.ShapeDtypeStruct(shape[:1], jnp.int32))
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    state = jax.eval_shape(optimizer.init, params)
-    step: Any = make_step(decoder.loss_fn(graph), optimizer, len(config.data.sources))
-    memory = step.lower(params, state, batch, key).compile().memory_analysis()
-    return int(
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes
+def _step_bytes(config: RunConfig, vocab_size: int) -> int:
+    """Memory of the compiled step on each device of the run's mesh."""
+    step, arguments = abstract_step(
+        config.model,
+        config.training,
+        make_mesh(config.mesh),
+        vocab_size=vocab_size,
+        row_length=config.data.max_length,
+        sources=len(config.data.sources),
     )
+    return step_bytes(step.lower(*arguments).compile())
 
 
 def _matmul_rate(size: int = 1024, seconds: float = 0.3) -> float:

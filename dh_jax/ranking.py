@@ -12,6 +12,7 @@ from dh_jax.batch import Batch
 from dh_jax.config import InfluenceConfig
 from dh_jax.data.loader import Loader
 from dh_jax.data.tokenization import TokenizerWrapper
+from dh_jax.distributed.mesh import to_host
 from dh_jax.functions import Params
 from dh_jax.influence.calculator import DataInfCalculator
 from dh_jax.sampling import Samplers
@@ -61,7 +62,7 @@ def rank_documents(
             if len(found) >= config.documents:
                 break
             batch = next(loader)
-            scores_BS = np.asarray(
+            scores_BS = to_host(
                 calculator.score_documents(
                     params, query, batch, loader.config.packing.max_segments, key
                 )

@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from dh_jax.config import (
+    MeshConfig,
     RunConfig,
     TorchRunConfig,
     TrainingConfig,
@@ -25,7 +26,8 @@ from dh_jax.errors import ConfigError, DataError, StateError
 
 MAY_CHANGE = {  # config keys that may differ between a run and its resumption
     "out", "resume", "data.prefetch", "training.keep", "training.checkpoint_interval",
-    "training.log_interval", "training.tensorboard", "training.wandb",
+    "training.log_interval", "training.tensorboard", "training.wandb", "training.keep_every",
+    *(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig)),
 }  # fmt: skip
 
 
@@ -41,6 +43,7 @@ def check_training(training: TrainingConfig) -> None:
         ("eval_interval", t.eval_interval, 1), ("eval_rows", t.eval_rows, 1),
         ("checkpoint_interval", t.checkpoint_interval, 1), ("keep", t.keep, 1),
         ("log_interval", t.log_interval, 1),
+        ("keep_every", 1 if t.keep_every is None else t.keep_every, 1),
     ):  # fmt: skip
         if value < least:
             raise ConfigError(f"training.{label} is {value}; the least is {least}")

@@ -23,17 +23,21 @@ class RunLog:
     """Appends records to a run folder and hands them to listeners.
 
     Args:
-        folder: the run's folder.
+        folder: the run's folder; None writes nothing (a process beside the first).
         step: records behind this step are cut off first (resume); None starts afresh.
         listeners: called with every metrics record.
     """
 
-    def __init__(self, folder: Path, *, step: int | None, listeners: tuple[Listener, ...] = ()):
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(
+        self, folder: Path | None, *, step: int | None, listeners: tuple[Listener, ...] = ()
+    ):
         self._listeners = listeners
-        paths = [folder / "metrics.jsonl", folder / "timing.jsonl"]
-        for path in paths:
-            cut_back(path, -1 if step is None else step)
+        paths = [Path(os.devnull)] * 2
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            paths = [folder / "metrics.jsonl", folder / "timing.jsonl"]
+            for path in paths:
+                cut_back(path, -1 if step is None else step)
         self._metrics, self._timing = (path.open("a", buffering=1) for path in paths)
 
     def write(self, record: Record) -> None:

@@ -1,7 +1,8 @@
 """Rows for influence: small samples of every training source and of every target probe.
 
 The samplers have loaders of their own, so measuring influence takes nothing away from
-training; their states are saved with the run's.
+training; their states are saved with the run's. Samples are small: every process draws all rows
+and places its part of them, so that states fit any number of processes.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Samplers:
     def draw(self, split: str) -> dict[str, Batch]:
         """The next sample of every source (``train``) or of every target (``probe``)."""
         return {
-            name: to_device(next(loader), self._mesh)
+            name: to_device(next(loader), self._mesh, whole=True)
             for (kind, name), loader in self._loaders.items()
             if kind == split
         }

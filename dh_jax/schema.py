@@ -231,11 +231,19 @@ class ModelConfig:
 
 @dataclass
 class MeshConfig:
-    """Named axes of the device mesh and their sizes; one may be -1 (what is left)."""
+    """Named axes of the device mesh and their sizes; one may be -1 (what is left).
+
+    The last three keys are for a run of several processes, each started with the same command;
+    what is null is read from the environment (see `dh_jax.distributed.processes`).
+    """
 
     name: str = "single"
-    data: int = 1
-    fsdp: int = 1
+    data: int = 1  # rows are split, parameters repeated
+    fsdp: int = 1  # rows and parameters are split
+    tensor: int = 1  # heads, feed-forward and vocabulary are split, rows repeated
+    coordinator: str | None = None  # host:port of process 0, or auto (ask the cluster)
+    processes: int | None = None
+    process: int | None = None  # index of this one
 
 
 @dataclass
@@ -299,7 +307,8 @@ class TrainingConfig:
     eval_interval: int = 50
     eval_rows: int = 64  # rows a domain
     checkpoint_interval: int = 50
-    keep: int = 2  # checkpoints kept
+    keep: int = 2  # checkpoints kept, the newest
+    keep_every: int | None = None  # and those of steps that are a multiple of this
     log_interval: int = 1
     seed: int = 0
     tensorboard: bool = False

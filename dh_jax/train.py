@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dh_jax import trackers
-from dh_jax.batch import Batch, checksum
+from dh_jax.batch import Batch
 from dh_jax.config import (
     RunConfig,
     TrainingConfig,
@@ -33,8 +33,18 @@ from dh_jax.config import (
 from dh_jax.data.loader import Loader
 from dh_jax.data.store import write_json
 from dh_jax.data.tokenization import TokenizerWrapper
+from dh_jax.distributed.agreement import any_host, from_first_host, wait_for_all
 from dh_jax.distributed.checkpoint import Checkpoints
-from dh_jax.distributed.mesh import make_mesh, param_shardings, replicate, to_device
+from dh_jax.distributed.mesh import (
+    loader_shard,
+    make_mesh,
+    place,
+    replicate,
+    row_ways,
+    to_device,
+)
+from dh_jax.distributed.placement import check_heads, on_mesh, param_shardings, warn_unsplit
+from dh_jax.distributed.processes import join
 from dh_jax.errors import ConfigError, DataError
 from dh_jax.evaluate import make_evaluation
 from dh_jax.functions import LossFn, Params, masked_mean
@@ -43,20 +53,12 @@ from dh_jax.influence.optimizer import InfluenceAwareOptimizer, InfluenceState, 
 from dh_jax.mixing.registry import make_policy
 from dh_jax.models import decoder
 from dh_jax.ranking import rank_documents
+from dh_jax.records import StepMetrics, train_record
 from dh_jax.runconfig import check_training, refuse_other_config, save_config, training_loader
 from dh_jax.runlog import Listener, RunLog
+from dh_jax.runstate import restore_run, save_run
 from dh_jax.sampling import Samplers
 from dh_jax.signals import stop_signals
-
-
-class StepMetrics(NamedTuple):
-    """What one training step reports; scalars float32 but for the per-source arrays."""
-
-    loss: jax.Array  # mean nats a target over the global batch, before the update
-    grad_norm: jax.Array
-    loss_M: jax.Array  # the same by source; 0 for a source without targets in the batch
-    targets_M: jax.Array
-
 
 TrainStep = Callable[
     [Params, InfluenceState, Batch, jax.Array],
@@ -64,8 +66,17 @@ TrainStep = Callable[
 ]
 
 
-def make_step(loss_fn: LossFn, optimizer: InfluenceAwareOptimizer, source_count: int) -> TrainStep:
-    """One optimizer step, jitted; parameters and optimizer state are donated."""
+def make_step(
+    loss_fn: LossFn,
+    optimizer: InfluenceAwareOptimizer,
+    source_count: int,
+    shardings: tuple[Any, Any, NamedSharding] | None = None,
+) -> TrainStep:
+    """One optimizer step, jitted; parameters and optimizer state are donated.
+
+    ``shardings`` are those of parameters, state and metrics behind the step; None leaves them to
+    XLA.
+    """
 
     def step(
         params: Params, state: InfluenceState, batch: Batch, key: jax.Array
@@ -82,7 +93,7 @@ def make_step(loss_fn: LossFn, optimizer: InfluenceAwareOptimizer, source_count:
         metrics = StepMetrics(loss, optax.tree.norm(grads), loss_M, targets_M)
         return optax.apply_updates(params, updates), state, metrics
 
-    return jax.jit(step, donate_argnums=(0, 1))
+    return jax.jit(step, donate_argnums=(0, 1), out_shardings=shardings)
 
 
 def make_schedule(training: TrainingConfig) -> optax.Schedule:
@@ -140,12 +151,11 @@ def check(config: RunConfig) -> RunConfig:
 def open_run(config: RunConfig, closing: ExitStack) -> Run:
     """Build tokenizer, loaders, model and optimizer; ``closing`` closes the loaders."""
     mesh = make_mesh(config.mesh)
+    check_heads(config.model, mesh)
     data, seed = config.data, config.training.seed
     tokenizer = TokenizerWrapper.load(data.tokenizer, add_bos=data.add_bos, add_eos=data.add_eos)
     policy = make_policy(config.mixing)
-    loader = training_loader(
-        config, tokenizer=tokenizer, shard=(jax.process_index(), jax.process_count())
-    )
+    loader = training_loader(config, tokenizer=tokenizer, shard=loader_shard(mesh))
     closing.enter_context(loader)
     samplers = None
     if policy.needs or config.influence.documents:
@@ -159,8 +169,11 @@ def open_run(config: RunConfig, closing: ExitStack) -> Run:
             "set model.vocab_size=null to take the tokenizer's"
         )
     graph, params = decoder.build(config.model, vocab_size, key)
-    params = jax.device_put(params, param_shardings(params, mesh))
-    loss_fn = decoder.loss_fn(graph)
+    warn_unsplit(params, mesh)
+    params = place(params, param_shardings(params, mesh))
+    # A chunk of targets is cut from all rows, so it is as many times longer as rows are split.
+    chunk = decoder.LOSS_CHUNK * row_ways(mesh)
+    loss_fn = on_mesh(decoder.loss_fn(graph, chunk), mesh)
     calculator = DataInfCalculator(
         loss_fn, damping=config.influence.damping, parameters=config.influence.parameters
     )
@@ -175,9 +188,9 @@ def open_run(config: RunConfig, closing: ExitStack) -> Run:
         probe_names=list(data.probes or data.sources),
         targets=config.influence.targets,
     )
-    state = jax.jit(optimizer.init)(params)
     # Placed as the step returns it, so that the second step finds the first one's executable.
-    state = jax.device_put(state, param_shardings(state, mesh))
+    shardings = param_shardings(jax.eval_shape(optimizer.init, params), mesh)
+    state = jax.jit(optimizer.init, out_shardings=shardings)(params)
     loader.set_weights(by_source(loader, state.weights_M))
     return Run(
         config, mesh, tokenizer, loader, samplers, loss_fn, calculator, optimizer, params, state,
@@ -204,6 +217,8 @@ def train(
         DataError: the data cannot be read, or the loss is no longer finite.
     """
     config = check(config)
+    if join(config.mesh) > 0:
+        listeners = ()  # one process speaks for all
     folder = Path(config.out)
     started = (folder / "config.yaml").exists()
     if started and not config.resume:
@@ -213,19 +228,33 @@ def train(
     with ExitStack() as closing:
         run = open_run(config, closing)
         checkpoints = closing.enter_context(
-            Checkpoints(folder / "checkpoints", keep=config.training.keep)
+            Checkpoints(
+                folder / "checkpoints",
+                keep=config.training.keep,
+                keep_every=config.training.keep_every,
+            )
         )
         step = None
         if checkpoints.steps():
-            run, step = _restore(run, checkpoints)
-        save_config(folder, config)
-        if config.training.tensorboard:
+            like = _arrays(run.params, run.state, run.key)
+            restored = restore_run(checkpoints, like, run.loader, run.samplers, run.mesh)
+            step = restored.step
+            run = run._replace(
+                params=restored.arrays["params"],
+                state=restored.arrays["optimizer"],
+                key=jax.random.wrap_key_data(restored.arrays["key"]),
+            )
+        first = jax.process_index() == 0  # the only one that writes, but for checkpoints
+        wait_for_all("the folder has been looked at")
+        if first:
+            save_config(folder, config)
+        if config.training.tensorboard and first:
             scalars = trackers.tensorboard(folder / "tensorboard", step)
             listeners += (closing.enter_context(scalars),)
-        if config.training.wandb:
+        if config.training.wandb and first:
             client = trackers.wandb(folder, public_run(config))
             listeners += (closing.enter_context(client),)
-        log = RunLog(folder, step=step, listeners=listeners)
+        log = RunLog(folder if first else None, step=step, listeners=listeners)
         closing.callback(log.close)
         facts = describe(run) | {"command": command}
         return _loop(run, step or 0, checkpoints, log, folder, facts)
@@ -242,8 +271,10 @@ def _loop(
     config, training = run.config, run.config.training
     loader, samplers, optimizer = run.loader, run.samplers, run.optimizer
     params, state = run.params, run.state
-    write_json(folder / "run.json", facts | {"status": "running", "step": first})
-    train_step = make_step(run.loss_fn, optimizer, len(loader.names))
+    _write(folder / "run.json", facts | {"status": "running", "step": first})
+    whole = NamedSharding(run.mesh, PartitionSpec())
+    shardings = param_shardings(params, run.mesh), param_shardings(state, run.mesh), whole
+    train_step = make_step(run.loss_fn, optimizer, len(loader.names), shardings)
     schedule = make_schedule(training)
     evaluate = make_evaluation(
         config.data, run.tokenizer, run.loss_fn, run.mesh,
@@ -264,12 +295,19 @@ def _loop(
     if first == 0:
         judge(0)
     step = first
+    stopping = False
     with stop_signals() as stopped:
-        while step < training.steps and not stopped:
+        while step < training.steps and not stopping:
             step += 1
             learning_rate = float(schedule(step - 1))
             with phase("train", step):
-                rows = next(loader)
+                rows = next(loader, None)
+                if any_host(rows is None):
+                    raise DataError(
+                        f"the data ends before step {step} of {training.steps}; lower "
+                        "training.steps, or raise max_epochs of a source"
+                    )
+                assert rows is not None
                 batch = to_device(rows, run.mesh)
                 key = jax.random.fold_in(run.key, step)
                 params, state, metrics = train_step(params, state, batch, key)
@@ -281,57 +319,45 @@ def _loop(
                 )
             # The first step too: its record holds the weights that the run began with.
             if step % training.log_interval == 0 or step in (1, training.steps):
-                log.write(_train_record(step, metrics, learning_rate, loader, rows))
+                log.write(train_record(step, metrics, learning_rate, loader, run.mesh, rows))
             if optimizer.due(step):
                 with phase("reweight", step):
                     samples = samplers.draw("train") if samplers else {}
                     probes = samplers.draw("probe") if samplers else {}
                     state, move = optimizer.reweight(params, state, samples, probes, key)
                 if (move.weights_M != move.previous_M).any():
-                    loader.set_weights(by_source(loader, move.weights_M))
+                    loader.set_weights(from_first_host(by_source(loader, move.weights_M)))
                     log.write(_reweight_record(step, move, loader))
             last = step == training.steps
             if step % training.eval_interval == 0 or last:
                 judge(step)
-            if step % training.checkpoint_interval == 0 or last or stopped:
+            stopping = any_host(bool(stopped))
+            if step % training.checkpoint_interval == 0 or last or stopping:
                 with log.timed("checkpoint", step):
-                    _save(checkpoints, step, run, params, state)
+                    arrays = _arrays(params, state, run.key)
+                    save_run(checkpoints, step, arrays, loader, samplers, run.mesh)
     if step == training.steps and config.influence.documents and samplers:
         with log.timed("ranking", step):
-            write_json(
+            _write(
                 folder / "documents.json",
                 rank_documents(
                     config.influence, samplers, run.calculator, params, run.tokenizer, run.key
                 ),
             )
+    checkpoints.wait()
     facts |= {"status": "finished" if step == training.steps else "interrupted", "step": step}
-    write_json(folder / "run.json", facts)
+    _write(folder / "run.json", facts)
     return facts
 
 
-def _train_record(
-    step: int, metrics: StepMetrics, learning_rate: float, loader: Loader, rows: Batch
-) -> dict[str, Any]:
-    stats = loader.stats()
-    return {
-        "kind": "train",
-        "step": step,
-        "loss": float(metrics.loss),
-        "grad_norm": float(metrics.grad_norm),
-        "learning_rate": learning_rate,
-        "tokens": stats["tokens"],
-        # Of one host's rows nothing can be told about the whole batch.
-        "batch": checksum(rows) if jax.process_count() == 1 else None,
-        "weights": loader.weights,
-        "loss_by_source": {
-            name: float(loss)
-            for name, loss, targets in zip(
-                loader.names, metrics.loss_M, metrics.targets_M, strict=True
-            )
-            if targets > 0
-        },
-        "tokens_by_source": {name: s["tokens"] for name, s in stats["sources"].items()},
-    }
+def _arrays(params: Params, state: InfluenceState, key: jax.Array) -> dict[str, Any]:
+    """What of a run a checkpoint holds as arrays."""
+    return {"params": params, "optimizer": state, "key": jax.random.key_data(key)}
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    if jax.process_index() == 0:
+        write_json(path, content)
 
 
 def _reweight_record(step: int, move: Reweighting, loader: Loader) -> dict[str, Any]:
@@ -345,30 +371,6 @@ def _reweight_record(step: int, move: Reweighting, loader: Loader) -> dict[str, 
 def by_source(loader: Loader, values_M: Any) -> dict[str, float]:
     """An array over sources as a mapping from their names."""
     return dict(zip(loader.names, np.asarray(values_M, np.float64).tolist(), strict=True))
-
-
-# --- saving and restoring ----------------------------------------------------------------------
-
-
-def _save(
-    checkpoints: Checkpoints, step: int, run: Run, params: Params, state: InfluenceState
-) -> None:
-    arrays = {"params": params, "optimizer": state, "key": jax.random.key_data(run.key)}
-    host = {"loader": run.loader.get_state()}
-    if run.samplers is not None:
-        host["samplers"] = run.samplers.get_state()
-    checkpoints.save(step, arrays, host)
-
-
-def _restore(run: Run, checkpoints: Checkpoints) -> tuple[Run, int]:
-    like = {"params": run.params, "optimizer": run.state, "key": jax.random.key_data(run.key)}
-    restored = checkpoints.restore(like)
-    run.loader.set_state(restored.host["loader"])
-    if run.samplers is not None:
-        run.samplers.set_state(restored.host["samplers"])
-    arrays = restored.arrays
-    key = jax.random.wrap_key_data(arrays["key"])
-    return run._replace(params=arrays["params"], state=arrays["optimizer"], key=key), restored.step
 
 
 def describe(run: Run) -> dict[str, Any]:

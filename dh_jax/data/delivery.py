@@ -110,6 +110,12 @@ class Loader:
             raise StateError("no batch was delivered yet; origins describe the last one")
         return self._origins
 
+    @property
+    def streamed(self) -> bool:
+        """Whether documents are dealt out to hosts at the source, so that states and counts are
+        of this host's rows alone."""
+        return not self._identity["stored"]
+
     # --- weights ---
 
     @property

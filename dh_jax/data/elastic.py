@@ -138,6 +138,28 @@ def reshard_loaders(states: Sequence[Mapping[str, Any]], count: int) -> Resharde
     )
 
 
+def loader_states(states: Sequence[Mapping[str, Any]], count: int) -> Resharded:
+    """Loader states for ``count`` hosts of a run that had ``len(states)``, stored or streamed.
+
+    Args:
+        states: of `Loader.get_state`, one from each host of the run, in their order.
+        count: hosts of the new run.
+
+    Returns:
+        The states, and how many documents may be seen again, at most: 0 unless the run streams
+        and the number of hosts has changed.
+
+    Raises:
+        StateError: see `reshard_loaders`.
+    """
+    if len(states) == count:
+        return Resharded([dict(state) for state in states], 0)
+    if states and states[0]["identity"]["stored"]:  # every host draws the rows of all
+        fill = sum(state["fill"] for state in states) // count
+        return Resharded([{**states[0], "fill": fill}] * count, 0)
+    return reshard_loaders(states, count)
+
+
 def _summed(windows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     total: Counter[str] = Counter()
     for window in windows:

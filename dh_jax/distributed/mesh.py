@@ -1,28 +1,31 @@
-"""The device mesh: named axes, where parameters live, and how batches reach devices.
+"""The device mesh: named axes, which rows a process reads, and how batches reach devices.
 
-Axes: ``data`` (rows are split, parameters repeated) and ``fsdp`` (rows and parameters split).
+Axes, the outermost first: ``data`` (rows are split, parameters repeated), ``fsdp`` (rows and
+parameters split), ``tensor`` (heads, feed-forward and vocabulary split; rows repeated). What of a
+parameter or an activation is split over which axis is in `dh_jax.distributed.placement`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dh_jax.batch import Batch
 from dh_jax.config import MeshConfig
 from dh_jax.errors import ConfigError
-from dh_jax.functions import Params
 
-AXES = ("data", "fsdp")
-SHARDED_FROM = 2**14  # elements; smaller arrays are repeated rather than split
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")  # the axes that rows are split over
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-    """A mesh over the first ``data * fsdp`` devices; an axis of -1 takes what is left.
+    """A mesh over the first ``data * fsdp * tensor`` devices; an axis of -1 takes what is left.
 
     Raises:
         ConfigError: there are not enough devices, or the sizes make no sense.
@@ -35,7 +38,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
     if -1 in sizes.values() and fixed <= count and count % fixed:
         raise ConfigError(
             f"mesh sizes {sizes}: {fixed} does not divide the {count} devices, so -1 would leave "
-            "some idle; give both sizes, or one that divides"
+            "some idle; give all sizes, or one that divides"
         )
     sizes = {axis: max(count // fixed, 1) if n == -1 else n for axis, n in sizes.items()}
     needed = math.prod(sizes.values())
@@ -44,48 +47,116 @@ def make_mesh(config: MeshConfig) -> Mesh:
             f"mesh {sizes} needs {needed} devices, there are {count}; take mesh=single, "
             f"or on a CPU set XLA_FLAGS=--xla_force_host_platform_device_count={needed}"
         )
-    return Mesh(np.array(jax.devices()[:needed]).reshape(tuple(sizes.values())), AXES)
+    if needed < count and jax.process_count() > 1:
+        raise ConfigError(
+            f"mesh {sizes} uses {needed} of {count} devices of {jax.process_count()} processes; "
+            "all must take part: set one of the sizes to -1"
+        )
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        AXES,
+        axis_types=(AxisType.Auto,) * len(AXES),
+        devices=jax.devices()[:needed],
+    )
+
+
+def row_ways(mesh: Mesh | AbstractMesh) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def loader_shard(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
+    """(index, count) of the rows that a process feeds: the ``shard`` of `get_loader`.
+
+    By place on the axes that split rows, never by the number of the process: processes that
+    differ on the ``tensor`` axis alone hold the same rows and must read the same.
+
+    Args:
+        mesh: of `make_mesh`.
+        process: default: this one.
+
+    Raises:
+        ConfigError: the mesh does not deal rows to processes in equal, separate parts.
+    """
+    process = jax.process_index() if process is None else process
+    held: dict[int, set[int]] = {}  # process -> the parts of the rows on its devices
+    for place, device in np.ndenumerate(mesh.devices):
+        part = place[0] * mesh.devices.shape[1] + place[1]
+        held.setdefault(device.process_index, set()).add(part)
+    shards = sorted({tuple(sorted(parts)) for parts in held.values()})
+    if sum(map(len, shards)) != row_ways(mesh) or len(set(map(len, shards))) > 1:
+        raise ConfigError(
+            f"mesh {dict(mesh.shape)} splits rows unevenly over {len(held)} processes; take a "
+            "tensor size that divides a process's devices, or is a multiple of them"
+        )
+    return shards.index(tuple(sorted(held[process]))), len(shards)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows split over every axis."""
-    return NamedSharding(mesh, PartitionSpec(AXES))
+    """Rows split over ``data`` and ``fsdp``."""
+    return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
-def param_shardings(params: Params, mesh: Mesh) -> Params:
-    """Sharding of each parameter: its largest axis that divides evenly over ``fsdp``."""
-    ways = mesh.shape["fsdp"]
+def to_device(batch: Batch, mesh: Mesh, *, whole: bool = False) -> Batch:
+    """Rows on this host as one global batch, split over the mesh.
 
-    def place(array: Any) -> NamedSharding:
-        spec: list[str | None] = []  # in jit's own spelling: no trailing None
-        fitting = [axis for axis in range(array.ndim) if array.shape[axis] % ways == 0]
-        if ways > 1 and fitting and array.size >= SHARDED_FROM:
-            longest = max(fitting, key=lambda axis: array.shape[axis])
-            spec = [None] * longest + ["fsdp"]
-        return NamedSharding(mesh, PartitionSpec(*spec))
-
-    return jax.tree.map(place, params)
-
-
-def to_device(batch: Batch, mesh: Mesh) -> Batch:
-    """This host's rows as its part of one global batch, split over the mesh.
+    Args:
+        batch: this host's rows, from a loader with the shard of `loader_shard`.
+        mesh: of `make_mesh`.
+        whole: every host has all rows of the global batch, and places its part of them.
 
     Raises:
         ConfigError: the global rows do not divide evenly over the mesh.
     """
-    rows, devices = batch.tokens_BT.shape[0] * jax.process_count(), mesh.size
-    if rows % devices:
+    rows = batch.tokens_BT.shape[0] * (1 if whole else loader_shard(mesh)[1])
+    if rows % row_ways(mesh):
         raise ConfigError(
-            f"a batch of {rows} rows does not divide over {devices} devices; "
-            f"take a multiple of {devices}"
+            f"a batch of {rows} rows does not divide over {row_ways(mesh)} devices; "
+            f"take a multiple of {row_ways(mesh)}"
         )
     sharding = batch_sharding(mesh)
+    if whole:
+        return place(batch, jax.tree.map(lambda _: sharding, batch))
     placed: Batch = jax.tree.map(
         lambda local: jax.make_array_from_process_local_data(sharding, local), batch
     )
     return placed
 
 
+def place(tree: Any, shardings: Any) -> Any:
+    """Arrays that every process has whole, each on its devices; nothing crosses the network."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+
+    def one(array: Any, sharding: NamedSharding) -> jax.Array:
+        local = np.asarray(array)
+        return jax.make_array_from_callback(local.shape, sharding, _slices(local))
+
+    return jax.tree.map(one, tree, shardings)
+
+
+def _slices(local: np.ndarray) -> Callable[[Any], np.ndarray]:
+    return lambda index: local[index]
+
+
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Every array whole on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    whole = NamedSharding(mesh, PartitionSpec())
+    if jax.process_count() == 1:
+        return jax.device_put(tree, whole)
+    return jax.jit(lambda x: x, out_shardings=whole)(tree)
+
+
+def to_host(tree: Any) -> Any:
+    """Arrays of any sharding, whole, as NumPy on every process; call it on all of them.
+
+    One array at a time, so beside the result no more than one is gathered. For the tensors of a
+    whole model take them one by one: ``for path, x in leaves: write(path, to_host(x))``.
+    """
+
+    def one(array: Any) -> np.ndarray:
+        if getattr(array, "is_fully_addressable", True) or array.is_fully_replicated:
+            return np.asarray(array)
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+    return jax.tree.map(one, tree)

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from dh_jax.batch import Batch
+from dh_jax.distributed.mesh import to_host
 from dh_jax.errors import ConfigError, DataError
 from dh_jax.functions import Params
 from dh_jax.influence.calculator import DataInfCalculator
@@ -227,7 +228,7 @@ def source_influence(
     cuts = np.cumsum([len(v) for v in valid.values()])[:-1]
 
     fitted = calculator.fit(params, rows, fit_key)
-    squares_B = np.asarray(sum(fitted.squares_B.values()))
+    squares_B = to_host(sum(fitted.squares_B.values()))
     _refuse_non_finite("gradient", dict(zip(valid, np.split(squares_B, cuts), strict=True)))
 
     v: Blocks = {}
@@ -238,7 +239,7 @@ def source_influence(
         v = {path: weight * g + v.get(path, 0.0) for path, g in gradient.items()}
 
     q = calculator.precondition(fitted, v)
-    scores_B = np.asarray(calculator.score_fitted(fitted, q))
+    scores_B = to_host(calculator.score_fitted(fitted, q))
     scores = dict(zip(valid, np.split(scores_B, cuts), strict=True))
     _refuse_non_finite("influence", scores)
     means = [scores[name][valid[name]].mean() for name in valid]
@@ -302,7 +303,7 @@ def _by_name(
 
 
 def _valid(owner: str, batch: Batch) -> np.ndarray:
-    valid_B = np.asarray(valid_rows(batch))
+    valid_B: np.ndarray = to_host(valid_rows(batch))
     if not valid_B.any():
         raise DataError(f"{owner}: none of its {len(valid_B)} rows has a target to learn")
     return valid_B

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dh_jax.batch import Batch, Origins, checksum
+from dh_jax.data.elastic import loader_states
 from dh_jax.data.loader import Loader
 from dh_jax.distributed.checkpoint import read_host
 from dh_jax.errors import DataError, StateError, UserError
@@ -76,8 +77,19 @@ def replay(
             loader.set_weights(_first_weights(run))
         else:
             with _explained(folder):
-                loader.set_state(saved.host["loader"])
+                loader.set_state(_state_for_one(folder, saved.host["loaders"]))
         return _draw(loader, run, step, saved.step if saved else 0, rows, progress)
+
+
+def _state_for_one(folder: Path, states: list[dict[str, Any]]) -> dict[str, Any]:
+    """The loader state of one host that draws the rows of all; a stream has none."""
+    state, again = loader_states(states, 1)
+    if again:
+        raise StateError(
+            f"run {folder} streamed its documents to {len(states)} hosts, whose batches no single "
+            "loader can make; only runs on prepared stores can be replayed"
+        )
+    return state[0]
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dh_jax.config import validate_model
+from dh_jax.distributed.placement import constrain
 from dh_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -108,8 +109,9 @@ class Attention(nnx.Module):
         q = self.query(x_BTD).reshape(B, T, self.heads, self.head_width)
         k = self.key(x_BTD).reshape(B, T, self.kv_heads, self.head_width)
         v = self.value(x_BTD).reshape(B, T, self.kv_heads, self.head_width)
+        q, k, v = constrain(q, "BTHh"), constrain(k, "BTKh"), constrain(v, "BTKh")
         mixed = attend(rotate(q, angles), rotate(k, angles), v, segment_ids_BT)
-        return self.out(mixed.reshape(B, T, -1))
+        return self.out(constrain(mixed, "BTHh").reshape(B, T, -1))
 
 
 class MLP(nnx.Module):
@@ -121,7 +123,7 @@ class MLP(nnx.Module):
         self.down = _linear(config, config.mlp_width, config.width, rngs, residual=True)
 
     def __call__(self, x_BTD: Array) -> Array:
-        return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
+        return self.down(constrain(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD), "BTF"))
 
 
 class Block(nnx.Module):
@@ -135,7 +137,8 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD: Array, angles: tuple[Array, Array], segment_ids_BT: Array) -> Array:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), angles, segment_ids_BT)
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        x_BTD = constrain(x_BTD, "BTD")
+        return constrain(x_BTD + self.mlp(self.mlp_norm(x_BTD)), "BTD")
 
 
 class Decoder(nnx.Module):
@@ -164,7 +167,7 @@ class Decoder(nnx.Module):
             segment_ids_BT: int32; tokens see earlier tokens of their own segment only.
         """
         angles = rotary_angles(positions_BT, self.head_width, self.theta)
-        x_BTD = self.embed(tokens_BT)
+        x_BTD = constrain(constrain(self.embed(tokens_BT), "bTd"), "BTD")
         for i in range(len(self.layers)):
             x_BTD = self.layers[str(i)](x_BTD, angles, segment_ids_BT)
         return self.final_norm(x_BTD)
@@ -176,7 +179,8 @@ class Decoder(nnx.Module):
         else:
             kernel_DV = self.head.kernel[...]
         kernel_DV = kernel_DV.astype(hidden_BTD.dtype)
-        return jnp.matmul(hidden_BTD, kernel_DV, preferred_element_type=jnp.float32)
+        logits_BTV = jnp.matmul(hidden_BTD, kernel_DV, preferred_element_type=jnp.float32)
+        return constrain(logits_BTV, "BTV")
 
 
 def _linear(

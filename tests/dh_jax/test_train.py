@@ -146,7 +146,7 @@ def test_another_config_or_an_occupied_folder_is_refused_in_one_line(
     assert "training.batch_size (was 4, now 8)" in said and "Traceback" not in said
 
 
-@pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "fsdp": 4}, {"fsdp": -1}])
+@pytest.mark.parametrize("mesh", [{"fsdp": -1}, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_a_mesh_of_eight_devices_gives_the_losses_of_one(
     mesh: dict[str, int], make_config: Any, store: Path, tmp_path: Path
 ) -> None:
@@ -155,7 +155,9 @@ def test_a_mesh_of_eight_devices_gives_the_losses_of_one(
     def losses(mesh: dict[str, int]) -> list[float]:
         config = RunConfig(
             data=make_config(store=str(store)),
-            model=ModelConfig(width=128, layers=1, heads=2, kv_heads=1, mlp_width=128),
+            model=ModelConfig(
+                vocab_size=768, width=128, layers=1, heads=2, kv_heads=2, mlp_width=128
+            ),
             mesh=MeshConfig(**mesh),
             mixing=MixingConfig(policy="influence", interval=3),
             influence=InfluenceConfig(targets={"sums": 1.0}, rows_per_source=8, probe_rows=8),

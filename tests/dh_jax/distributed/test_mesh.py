@@ -1,29 +1,27 @@
-"""The mesh: axes from a config, parameters and rows where they belong, the same loss anywhere."""
+"""The mesh: axes from a config, rows where they belong, and which rows a process reads."""
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
+import itertools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dh_jax.batch import Batch, TopKLogits
-from dh_jax.config import MeshConfig, ModelConfig
+from dh_jax.config import MeshConfig
 from dh_jax.distributed import mesh as meshes
 from dh_jax.errors import ConfigError
-from dh_jax.functions import masked_mean
-from dh_jax.models import decoder
 
 V, B, T = 264, 8, 40
-KEY = jax.random.key(0)
 MESHES = {
     "data": MeshConfig("data", data=-1, fsdp=1),
     "fsdp": MeshConfig("fsdp", data=1, fsdp=-1),
     "both": MeshConfig("both", data=2, fsdp=4),
+    "all": MeshConfig("all", data=2, fsdp=2, tensor=2),
 }
 
 
@@ -42,66 +40,87 @@ def test_simulated_devices_are_there() -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "fsdp", "shape"),
+    ("sizes", "shape"),
     [
-        (1, 1, (1, 1)),
-        (-1, 1, (8, 1)),
-        (1, -1, (1, 8)),
-        (2, -1, (2, 4)),
-        (-1, 4, (2, 4)),
-        (2, 2, (2, 2)),
+        ((1, 1, 1), (1, 1, 1)),
+        ((-1, 1, 1), (8, 1, 1)),
+        ((1, -1, 1), (1, 8, 1)),
+        ((2, -1, 2), (2, 2, 2)),
+        ((-1, 4, 1), (2, 4, 1)),
+        ((1, 2, -1), (1, 2, 4)),
+        ((2, 2, 1), (2, 2, 1)),
     ],
 )
-def test_minus_one_takes_what_is_left(data: int, fsdp: int, shape: tuple[int, int]) -> None:
-    mesh = meshes.make_mesh(MeshConfig("m", data=data, fsdp=fsdp))
-    assert mesh.axis_names == ("data", "fsdp")
+def test_minus_one_takes_what_is_left(
+    sizes: tuple[int, int, int], shape: tuple[int, int, int]
+) -> None:
+    mesh = meshes.make_mesh(MeshConfig("m", *sizes))
+    assert mesh.axis_names == ("data", "fsdp", "tensor")
     assert mesh.devices.shape == shape
 
 
 @pytest.mark.parametrize(
-    ("data", "fsdp", "said"),
+    ("sizes", "said"),
     [
-        (4, 4, "needs 16 devices, there are 8.*device_count=16"),
-        (16, -1, "needs 16 devices, there are 8"),
-        (3, -1, "3 does not divide the 8 devices"),
-        (-1, -1, "at most one"),
-        (0, 1, "positive"),
+        ((4, 2, 2), "needs 16 devices, there are 8.*device_count=16"),
+        ((16, -1, 1), "needs 16 devices, there are 8"),
+        ((3, -1, 1), "3 does not divide the 8 devices"),
+        ((-1, -1, 1), "at most one"),
+        ((1, 1, 0), "positive"),
     ],
 )
-def test_impossible_meshes_are_refused_with_the_cure(data: int, fsdp: int, said: str) -> None:
+def test_impossible_meshes_are_refused_with_the_cure(
+    sizes: tuple[int, int, int], said: str
+) -> None:
     with pytest.raises(ConfigError, match=said):
-        meshes.make_mesh(MeshConfig("m", data=data, fsdp=fsdp))
+        meshes.make_mesh(MeshConfig("m", *sizes))
 
 
-def test_parameters_split_their_largest_axis_that_divides_and_small_ones_repeat() -> None:
-    params = {
-        "wide": jnp.zeros((64, 1024)),
-        "tall": jnp.zeros((1024, 64)),
-        "odd": jnp.zeros((1023, 64)),
-        "prime": jnp.zeros((257, 131)),
-        "small": jnp.zeros((64,)),
-    }
-    mesh = meshes.make_mesh(MESHES["fsdp"])
-    specs = jax.tree.map(lambda s: tuple(s.spec), meshes.param_shardings(params, mesh))
-    assert specs["wide"] == (None, "fsdp")
-    assert specs["tall"] == ("fsdp",)  # as jit spells it: no second compilation
-    assert specs["odd"] == (None, "fsdp")
-    assert not any(specs["prime"] + specs["small"])
-    placed = jax.device_put(params, meshes.param_shardings(params, mesh))
-    assert placed["wide"].addressable_shards[0].data.shape == (64, 128)
+def stand_in(sizes: tuple[int, int, int], processes: int) -> SimpleNamespace:
+    """A mesh of devices on several processes, in the order that JAX lists them: two processes run
+    for real in test_processes, the layouts of many cannot here."""
+    count = int(np.prod(sizes))
+    devices = [SimpleNamespace(process_index=i * processes // count) for i in range(count)]
+    shape = dict(zip(meshes.AXES, sizes, strict=True))
+    return SimpleNamespace(devices=np.array(devices).reshape(sizes), shape=shape)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "processes", "shards"),
+    [
+        ((8, 1, 1), 1, [(0, 1)]),
+        ((8, 1, 1), 4, [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        ((2, 4, 1), 2, [(0, 2), (1, 2)]),
+        ((1, 4, 2), 4, [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        ((2, 1, 4), 4, [(0, 2), (0, 2), (1, 2), (1, 2)]),  # pairs share a row
+        ((1, 1, 8), 4, [(0, 1)] * 4),
+        ((2, 2, 2), 8, [(0, 4), (0, 4), (1, 4), (1, 4), (2, 4), (2, 4), (3, 4), (3, 4)]),
+    ],
+)
+def test_processes_that_share_rows_read_the_same_shard(
+    sizes: tuple[int, int, int], processes: int, shards: list[tuple[int, int]]
+) -> None:
+    mesh = stand_in(sizes, processes)
+    assert [meshes.loader_shard(mesh, i) for i in range(processes)] == shards  # type: ignore[arg-type]
+
+
+def test_rows_that_no_process_has_a_part_of_its_own_of_are_refused() -> None:
+    mesh = stand_in((2, 1, 3), 3)  # the second process lies across both rows
+    with pytest.raises(ConfigError, match="splits rows unevenly over 3 processes"):
+        meshes.loader_shard(mesh, 0)  # type: ignore[arg-type]
 
 
 def test_a_batch_on_the_mesh_keeps_its_values_and_splits_its_rows() -> None:
     batch = some_batch()
-    for config in MESHES.values():
+    for config, whole in itertools.product(MESHES.values(), (False, True)):
         mesh = meshes.make_mesh(config)
-        placed = meshes.to_device(batch, mesh)
+        placed = meshes.to_device(batch, mesh, whole=whole)
         assert placed.teacher is None
         for ours, theirs in zip(jax.tree.leaves(placed), jax.tree.leaves(batch), strict=True):
             np.testing.assert_array_equal(ours, theirs)
             assert ours.dtype == theirs.dtype
             assert ours.sharding.spec == PartitionSpec(("data", "fsdp"))
-            assert ours.addressable_shards[3].data.shape[0] == 1
+            assert ours.addressable_shards[3].data.shape[0] == B // meshes.row_ways(mesh)
         teacher = TopKLogits(*(np.ones((B, T, 2), np.float32),) * 2, np.ones((B, T), np.float32))
         placed = meshes.to_device(batch._replace(teacher=teacher), mesh)
         assert placed.teacher is not None and placed.teacher.log_tail_BT.shape == (B, T)
@@ -113,54 +132,15 @@ def test_rows_that_do_not_divide_over_the_devices_are_refused() -> None:
         meshes.to_device(batch, meshes.make_mesh(MESHES["data"]))
 
 
-@cache
-def step_and_start() -> tuple[Any, Any]:
-    config = ModelConfig(width=64, layers=1, mlp_width=256)
-    graph, params = decoder.build(config, V, KEY)
-    loss_fn = decoder.loss_fn(graph, chunk=160)  # two chunks
-
-    def step(params: Any, batch: Batch) -> tuple[Any, jax.Array]:
-        def loss(params: Any) -> jax.Array:
-            return masked_mean(loss_fn(params, batch, KEY), batch.loss_mask_BT)
-
-        value, gradient = jax.value_and_grad(loss)(params)
-        return jax.tree.map(lambda p, g: p - 0.5 * g, params, gradient), value
-
-    return jax.jit(step), params
-
-
-@cache
-def trained(name: str) -> tuple[list[float], Any]:
-    """Losses of three steps on a mesh and the parameters after them."""
-    step, params = step_and_start()
-    mesh = meshes.make_mesh(MESHES.get(name, MeshConfig()))
-    params = jax.device_put(params, meshes.param_shardings(params, mesh))
-    batch, losses = meshes.to_device(some_batch(), mesh), []
-    for _ in range(3):
-        params, loss = step(params, batch)
-        losses.append(float(loss))
-    return losses, params
-
-
-@pytest.mark.parametrize("name", MESHES)
-def test_training_on_eight_devices_gives_the_losses_of_one(name: str) -> None:
-    losses, _ = trained(name)
-    alone, _ = trained("single")
-    assert alone[2] < alone[0] - 0.1
-    np.testing.assert_allclose(losses, alone, rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", MESHES)
-def test_parameters_keep_their_shardings_through_training(name: str) -> None:
-    _, params = trained(name)
-    wanted = meshes.param_shardings(params, meshes.make_mesh(MESHES[name]))
-    kept = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), params, wanted)
-    assert all(jax.tree.leaves(kept))
-    split = [x for x in jax.tree.leaves(params) if not x.sharding.is_fully_replicated]
-    assert bool(split) == (name != "data")
-
-
 def test_replicate_puts_the_whole_array_on_every_device() -> None:
     mesh = meshes.make_mesh(MESHES["both"])
     whole = meshes.replicate({"x": jnp.arange(8.0)}, mesh)["x"]
     assert whole.sharding.is_fully_replicated and len(whole.addressable_shards) == 8
+
+
+def test_to_host_gives_whole_arrays_of_any_sharding() -> None:
+    mesh = meshes.make_mesh(MESHES["all"])
+    table = np.arange(64.0, dtype=np.float32).reshape(8, 8)
+    for spec in (PartitionSpec(), PartitionSpec("fsdp", "tensor"), PartitionSpec(("data", "fsdp"))):
+        placed = meshes.place(table, NamedSharding(mesh, spec))
+        np.testing.assert_array_equal(meshes.to_host({"x": placed})["x"], table)
