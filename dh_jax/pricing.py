@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,11 +11,13 @@ import jax.numpy as jnp
 
 from dh_jax.batch import Batch
 from dh_jax.config import RunConfig, weights_of
-from dh_jax.data.prepare import open_prepared
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.functions import Params
+from dh_jax.influence.optimizer import InfluenceAwareOptimizer
+from dh_jax.mixing.policy import uniform
 from dh_jax.mixing.registry import make_policy
 from dh_jax.models import decoder
+from dh_jax.runconfig import source_tokens
 from dh_jax.train import make_optimizer, make_step
 
 MODEL_SHARE_OF_PEAK = 0.4  # of a large matrix product's rate that a whole step reaches on a CPU
@@ -55,12 +58,11 @@ def price_run(config: RunConfig) -> Price:
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
     tokens = training.steps * training.batch_size * data.max_length
     configured = weights_of(data.sources)
-    start_M = make_policy(config.mixing).start(jnp.array(list(configured.values())))
+    sizes = source_tokens(data, tokenizer)
+    policy = make_policy(config.mixing, list(configured), sizes)
+    start_M = policy.start(jnp.array(list(configured.values())))
     weights = dict(zip(configured, start_M.tolist(), strict=True))
-    available: dict[str, int | None] = dict.fromkeys(weights)
-    if data.store is not None:
-        store = open_prepared(data, tokenizer)
-        available = {name: store.total(name, "train", "tokens") for name in weights}
+    available: Mapping[str, int | None] = sizes or dict.fromkeys(weights)
     flops = decoder.flops_per_token(config.model, vocab_size, data.max_length)
     flops_per_step = flops * training.batch_size * data.max_length
     params = decoder.abstract_params(config.model, vocab_size)
@@ -76,7 +78,11 @@ def price_run(config: RunConfig) -> Price:
 
 def _step_bytes(config: RunConfig, vocab_size: int, params: Params) -> int:
     """Memory of the compiled step by XLA's own account."""
-    optimizer = make_optimizer(config.training)
+    names = list(config.data.sources)
+    optimizer = InfluenceAwareOptimizer(
+        make_optimizer(config.training), uniform(),
+        source_names=names, weights=[1 / len(names)] * len(names),
+    )  # fmt: skip
     graph = decoder.abstract_graph(config.model, vocab_size)
     shape = (config.training.batch_size, config.data.max_length)
     ints = jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -84,7 +90,7 @@ def _step_bytes(config: RunConfig, vocab_size: int, params: Params) -> int:
     batch = Batch(ints, ints, mask, ints, ints, jax.ShapeDtypeStruct(shape[:1], jnp.int32))
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = jax.eval_shape(optimizer.init, params)
-    step: Any = make_step(decoder.loss_fn(graph), optimizer, len(config.data.sources))
+    step: Any = make_step(decoder.loss_fn(graph), optimizer, len(names))
     memory = step.lower(params, state, batch, key).compile().memory_analysis()
     return int(
         memory.argument_size_in_bytes

@@ -39,14 +39,23 @@ from dh_jax.errors import ConfigError, DataError
 from dh_jax.evaluate import make_evaluation
 from dh_jax.functions import LossFn, Params, masked_mean
 from dh_jax.influence.calculator import DataInfCalculator
-from dh_jax.influence.optimizer import InfluenceAwareOptimizer, InfluenceState, Reweighting
-from dh_jax.mixing.registry import make_policy
+from dh_jax.influence.optimizer import InfluenceAwareOptimizer, InfluenceState
+from dh_jax.mixing.policy import SAMPLED
+from dh_jax.mixing.registry import SIZED, make_policy
 from dh_jax.models import decoder
 from dh_jax.ranking import rank_documents
-from dh_jax.runconfig import check_training, refuse_other_config, save_config, training_loader
+from dh_jax.runconfig import (
+    check_training,
+    refuse_other_config,
+    resolve_reference,
+    save_config,
+    source_tokens,
+    training_loader,
+)
 from dh_jax.runlog import Listener, RunLog
 from dh_jax.sampling import Samplers
 from dh_jax.signals import stop_signals
+from dh_jax.steering import by_source, move_weights
 
 
 class StepMetrics(NamedTuple):
@@ -80,6 +89,7 @@ def make_step(loss_fn: LossFn, optimizer: InfluenceAwareOptimizer, source_count:
         targets_M = of_source_MB @ batch.loss_mask_BT.sum(1).astype(jnp.float32)
         loss_M = of_source_MB @ loss_BT.sum(1) / targets_M.clip(min=1)
         metrics = StepMetrics(loss, optax.tree.norm(grads), loss_M, targets_M)
+        state = optimizer.observe(state, loss_M, targets_M)
         return optax.apply_updates(params, updates), state, metrics
 
     return jax.jit(step, donate_argnums=(0, 1))
@@ -134,7 +144,9 @@ def check(config: RunConfig) -> RunConfig:
     """
     check_training(config.training)
     validate_model(config.model)
-    return dataclasses.replace(config, data=load_data_config(config.data))
+    data = load_data_config(config.data)
+    mixing = resolve_reference(config.mixing, list(data.sources))
+    return dataclasses.replace(config, data=data, mixing=mixing)
 
 
 def open_run(config: RunConfig, closing: ExitStack) -> Run:
@@ -142,13 +154,14 @@ def open_run(config: RunConfig, closing: ExitStack) -> Run:
     mesh = make_mesh(config.mesh)
     data, seed = config.data, config.training.seed
     tokenizer = TokenizerWrapper.load(data.tokenizer, add_bos=data.add_bos, add_eos=data.add_eos)
-    policy = make_policy(config.mixing)
+    sizes = source_tokens(data, tokenizer) if config.mixing.policy in SIZED else None
+    policy = make_policy(config.mixing, list(data.sources), sizes)
     loader = training_loader(
         config, tokenizer=tokenizer, shard=(jax.process_index(), jax.process_count())
     )
     closing.enter_context(loader)
     samplers = None
-    if policy.needs or config.influence.documents:
+    if policy.needs & SAMPLED or config.influence.documents:
         samplers = Samplers(data, config.influence, tokenizer, mesh, seed=seed)
         closing.enter_context(samplers)
     key = jax.random.key(seed)
@@ -283,13 +296,17 @@ def _loop(
             if step % training.log_interval == 0 or step in (1, training.steps):
                 log.write(_train_record(step, metrics, learning_rate, loader, rows))
             if optimizer.due(step):
-                with phase("reweight", step):
-                    samples = samplers.draw("train") if samplers else {}
-                    probes = samplers.draw("probe") if samplers else {}
-                    state, move = optimizer.reweight(params, state, samples, probes, key)
-                if (move.weights_M != move.previous_M).any():
-                    loader.set_weights(by_source(loader, move.weights_M))
-                    log.write(_reweight_record(step, move, loader))
+                try:
+                    with phase("reweight", step):
+                        state, record = move_weights(
+                            optimizer, samplers, loader, params, state, key,
+                            keep=config.mixing.on_failure == "keep",
+                        )  # fmt: skip
+                except DataError as error:
+                    _save(checkpoints, step, run, params, state)
+                    raise DataError(f"{error} (step {step} is saved)") from error
+                if record is not None:
+                    log.write(record)
             last = step == training.steps
             if step % training.eval_interval == 0 or last:
                 judge(step)
@@ -332,19 +349,6 @@ def _train_record(
         },
         "tokens_by_source": {name: s["tokens"] for name, s in stats["sources"].items()},
     }
-
-
-def _reweight_record(step: int, move: Reweighting, loader: Loader) -> dict[str, Any]:
-    record: dict[str, Any] = {"kind": "reweight", "step": step, "weights": loader.weights}
-    if move.influence_M is not None:
-        record["influence"] = by_source(loader, move.influence_M)
-        record["coverage"] = move.coverage
-    return record
-
-
-def by_source(loader: Loader, values_M: Any) -> dict[str, float]:
-    """An array over sources as a mapping from their names."""
-    return dict(zip(loader.names, np.asarray(values_M, np.float64).tolist(), strict=True))
 
 
 # --- saving and restoring ----------------------------------------------------------------------
