@@ -1,4 +1,4 @@
-"""Training runs on a synthetic world, many in one compiled program, as the library would steer them.
+"""Training runs on a synthetic world, many in one compiled program, steered as the library does.
 
 Shapes: S moves of the weights; otherwise as in `benchmarks._worlds`.
 """
@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks._worlds import M, P, T, Data, as_batch, init_params, loss_fn
+from benchmarks._worlds import Data, M, P, T, as_batch, init_params, loss_fn
 from dh_jax.functions import masked_mean
 from dh_jax.influence import datainf
 from dh_jax.influence.gradients import mean_gradient, select

@@ -200,9 +200,12 @@ class InfluenceAwareOptimizer:
             coverage=coverage,
             alignment_M=_plain(observation.alignment_M),
         )
-        nothing_M = state.targets_M - state.targets_M  # placed as the state is
+        targets_M = state.targets_M  # zeros placed as they are, in buffers of their own to donate
         state = state._replace(
-            weights_M=weights_M, policy=policy_state, nats_M=nothing_M, targets_M=nothing_M
+            weights_M=weights_M,
+            policy=policy_state,
+            nats_M=targets_M - targets_M,
+            targets_M=targets_M - targets_M,
         )
         return state, move
 
