@@ -16,12 +16,13 @@ import numpy as np
 import optax
 
 from dh_jax.batch import Batch
-from dh_jax.errors import ConfigError, DataError
+from dh_jax.errors import ConfigError
 from dh_jax.functions import Params
 from dh_jax.influence.alignment import check_targets, source_alignment, target_loss
 from dh_jax.influence.calculator import DataInfCalculator
-from dh_jax.influence.checks import CURE, refuse_gradient, refuse_non_finite, rows_with_targets
+from dh_jax.influence.checks import refuse_gradient, refuse_non_finite, rows_with_targets
 from dh_jax.influence.gradients import Blocks
+from dh_jax.mixing.checks import refuse_no_mixture, refuse_unknown
 from dh_jax.mixing.policy import LEARNT, SAMPLED, Observation, Policy, PolicyState
 
 GRADIENTS = frozenset({"influence_M", "alignment_M", "norm_M"})  # measured on the sources' rows
@@ -189,9 +190,9 @@ class InfluenceAwareOptimizer:
             DataError: they hold nothing to learn, or their gradient or score is not finite.
         """
         observation, coverage = self._observation(params, state, sources, probes, key)
-        _refuse_unknown(observation, self.source_names)
+        refuse_unknown(observation, self.source_names)
         weights_M, policy_state = self._move(observation, state.policy)
-        _refuse_no_mixture(np.asarray(weights_M), self.source_names)
+        refuse_no_mixture(np.asarray(weights_M), self.source_names)
         move = Reweighting(
             step=int(state.step),
             previous_M=np.asarray(state.weights_M),
@@ -337,35 +338,6 @@ def resolve_targets(targets: Mapping[str, float], probe_names: Sequence[str]) ->
 
 def _plain(values_M: jax.Array | None) -> np.ndarray | None:
     return None if values_M is None else np.asarray(values_M)
-
-
-def _refuse_unknown(observation: Observation, names: Sequence[str]) -> None:
-    """Refuse to show a policy numbers that are not finite: it would spread them over all."""
-    for field in ("loss_M", "influence_M", "alignment_M", "norm_M"):
-        values_M = _plain(getattr(observation, field))
-        if values_M is not None and not np.isfinite(values_M).all():
-            m = int(np.argmin(np.isfinite(values_M)))
-            raise DataError(
-                f"{field.removesuffix('_M')} of source {names[m]!r} is {values_M[m]} at step "
-                f"{int(observation.step)}; {CURE}"
-            )
-
-
-def _refuse_no_mixture(weights_M: np.ndarray, names: Sequence[str]) -> None:
-    """Refuse weights that a policy gave and that are none."""
-    good_M = np.isfinite(weights_M) & (weights_M >= 0)
-    if not good_M.all():
-        bad = ", ".join(f"{names[m]!r} ({weights_M[m]})" for m in np.flatnonzero(~good_M))
-        raise DataError(
-            f"the policy gave weights that are no mixture for source {bad}; set "
-            "mixing.on_failure=keep to go on with the last weights, or choose another policy"
-        )
-    total = weights_M.sum(dtype=np.float64)
-    if abs(total - 1) > 1e-4:
-        raise DataError(
-            f"the policy gave weights {dict(zip(names, weights_M.tolist(), strict=True))}, which "
-            f"sum to {total:g}, not 1; choose another policy"
-        )
 
 
 def _in_order(weights: Mapping[str, float] | Sequence[float], names: Sequence[str]) -> list[float]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -29,6 +31,18 @@ from dh_jax.mixing.policy import Policy, as_configured, uniform
 from dh_jax.mixing.registry import MOVING, PLANNED
 
 STEPS = 12
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Runs that differ in their policy compile the same model: once is enough."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0), strict=True):
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +86,15 @@ CHANGES: dict[str, dict[str, Any]] = {  # to the shipped configs, so that twelve
 }
 
 
-@pytest.mark.parametrize("name", [*PLANNED, *MOVING])
+def some_slow(names: Iterable[str], quick: set[str]) -> list[Any]:
+    """What the quick ones of every kind leave out is for `make slow`."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+QUICK = {"schedule", "temperature", "doge", "odm", "doremi", "aioli"}
+
+
+@pytest.mark.parametrize("name", some_slow([*PLANNED, *MOVING], QUICK))
 def test_every_policy_steers_a_run_by_its_name(
     name: str, make_run: Any, reference: Path, tmp_path: Path
 ) -> None:
@@ -83,12 +105,13 @@ def test_every_policy_steers_a_run_by_its_name(
     mixing = typed(MixingConfig, OmegaConf.merge(shipped, fields))
     out = tmp_path / "run"
     assert training.train(make_run(out, mixing))["status"] == "finished"
-    first = records(out, "train")[0]["weights"]
+    first, *_, last = (record["weights"] for record in records(out, "train"))
     assert sum(first.values()) == pytest.approx(1, abs=1e-5)
     moves = records(out, "reweight")
     if name in ("static", "uniform", "temperature", "proportional"):
-        assert not moves
-        assert (first == {"code": 0.5, "mail": 0.2, "sums": 0.3}) == (name == "static")
+        assert not moves and first == last
+        configured = {"code": 0.5, "mail": 0.2, "sums": 0.3}
+        assert (first == pytest.approx(configured, abs=1e-6)) == (name == "static")
         return
     assert moves
     for move in moves:
@@ -119,22 +142,19 @@ def test_proportional_weights_are_the_stores_tokens(
     assert weights == pytest.approx({n: t / total for n, t in tokens.items()}, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["odm", "ado", "aioli", "doge"])
+@pytest.mark.parametrize("name", some_slow(["odm", "ado", "aioli", "doge"], {"aioli"}))
 def test_a_run_resumed_midway_moves_its_weights_alike(
-    name: str, make_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, make_run: Any, tmp_path: Path
 ) -> None:
     mixing = MixingConfig(policy=name, interval=2, hold=1, smoothing=0.9, exploration=0.25)
     whole, halved = tmp_path / "whole", tmp_path / "halved"
     training.train(make_run(whole, mixing))
 
-    class Stop(Exception):
-        pass
-
     def stop(record: dict[str, Any]) -> None:
         if record["kind"] == "train" and record["step"] == 8:
-            raise Stop
+            raise InterruptedError
 
-    with pytest.raises(Stop):  # killed between two checkpoints
+    with pytest.raises(InterruptedError):  # killed between two checkpoints
         training.train(make_run(halved, mixing), listeners=(stop,))
     training.train(make_run(halved, mixing, resume=True))
     assert (halved / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
