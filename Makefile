@@ -2,7 +2,7 @@
 # Another interpreter: make PYTHON=/path/to/python3.12 demo
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint bench clean
+.PHONY: help demo test slow lint bench bench-mixing clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,6 +21,7 @@ help:
 	@echo 'make slow    the tests that take minutes'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make bench   the benchmarks, one after another'
+	@echo 'make bench-mixing  the policies on worlds whose best mixture is known'
 	@echo 'make clean   remove .venv, caches and built distributions; runs/ stays'
 
 demo: $(DEMO)
@@ -39,6 +40,9 @@ lint: $(DEV)
 bench: $(DEV)
 	set -e; for file in benchmarks/[!_]*.py; do name=$${file%.py}; echo "== $$file"; \
 		$(BIN)/python -m "$${name/\//.}"; done
+
+bench-mixing: $(DEV)
+	$(BIN)/python -m benchmarks.mixing
 
 clean:
 	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

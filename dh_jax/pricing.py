@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from dh_jax.config import RunConfig, weights_of
-from dh_jax.data.prepare import open_prepared
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.distributed.mesh import make_mesh
 from dh_jax.dryrun import abstract_step, step_bytes
 from dh_jax.mixing.registry import make_policy
 from dh_jax.models import decoder
+from dh_jax.runconfig import source_tokens
 
 MODEL_SHARE_OF_PEAK = 0.4  # of a large matrix product's rate that a whole step reaches on a CPU
 
@@ -54,12 +55,11 @@ def price_run(config: RunConfig) -> Price:
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
     tokens = training.steps * training.batch_size * data.max_length
     configured = weights_of(data.sources)
-    start_M = make_policy(config.mixing).start(jnp.array(list(configured.values())))
+    sizes = source_tokens(data, tokenizer)
+    policy = make_policy(config.mixing, list(configured), sizes)
+    start_M = policy.start(jnp.array(list(configured.values())))
     weights = dict(zip(configured, start_M.tolist(), strict=True))
-    available: dict[str, int | None] = dict.fromkeys(weights)
-    if data.store is not None:
-        store = open_prepared(data, tokenizer)
-        available = {name: store.total(name, "train", "tokens") for name in weights}
+    available: Mapping[str, int | None] = sizes or dict.fromkeys(weights)
     flops = decoder.flops_per_token(config.model, vocab_size, data.max_length)
     flops_per_step = flops * training.batch_size * data.max_length
     params = decoder.abstract_params(config.model, vocab_size)

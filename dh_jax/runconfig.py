@@ -11,7 +11,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from dh_jax.config import (
+    DataConfig,
     MeshConfig,
+    MixingConfig,
     RunConfig,
     TorchRunConfig,
     TrainingConfig,
@@ -20,6 +22,7 @@ from dh_jax.config import (
     typed,
 )
 from dh_jax.data.loader import Loader, get_loader
+from dh_jax.data.prepare import open_prepared
 from dh_jax.data.seeding import derive
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.errors import ConfigError, DataError, StateError
@@ -91,6 +94,39 @@ def training_loader(
         shard=shard,
         prefetch=prefetch,
     )
+
+
+def source_tokens(data: DataConfig, tokenizer: TokenizerWrapper) -> dict[str, int] | None:
+    """Training tokens by source, or None where they are streamed and nobody has counted them."""
+    if data.store is None:
+        return None
+    store = open_prepared(data, tokenizer)
+    return {name: store.total(name, "train", "tokens") for name in data.sources}
+
+
+def resolve_reference(mixing: MixingConfig, names: list[str]) -> MixingConfig:
+    """Put the final held-out losses of ``reference_run`` in the place of ``reference``.
+
+    So a run's own config says what it was steered by, whatever becomes of the other run.
+
+    Raises:
+        ConfigError: both are given.
+        DataError: the folder holds no evaluation, or none of a source.
+    """
+    if mixing.policy != "doremi" or mixing.reference_run is None:
+        return mixing
+    path = Path(mixing.reference_run) / "metrics.jsonl"
+    if mixing.reference:
+        raise ConfigError("mixing.reference and mixing.reference_run are both given; keep one")
+    if not path.is_file():
+        raise DataError(f"{path}: missing; mixing.reference_run names the folder of a run")
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    judged = [record["domains"] for record in records if record["kind"] == "eval"]
+    missing = [name for name in names if not judged or name not in judged[-1]]
+    if missing:
+        raise DataError(f"{path}: no held-out loss of source {', '.join(map(repr, missing))}")
+    reference = {name: judged[-1][name]["loss"] for name in names}
+    return dataclasses.replace(mixing, reference=reference, reference_run=None)
 
 
 def refuse_other_config(folder: Path, config: RunConfig) -> None:

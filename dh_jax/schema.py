@@ -266,16 +266,41 @@ class DistributedConfig:
 
 
 @dataclass
-class MixingConfig:
-    """Which policy moves the weights, how often, and within what bounds."""
+class StageConfig:
+    """Weights that hold from a step on; a source that is not named has weight 0."""
 
-    policy: str = "static"  # static (the data config's weights), uniform, influence
+    step: int = 0
+    weights: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class MixingConfig:
+    """Which policy moves the weights, how often, and within what bounds.
+
+    Policies that follow a plan: static (the data config's weights), uniform, temperature,
+    proportional, schedule. Policies that look and move: influence, alignment, group_influence,
+    influence_share, doge, odm, doremi, aioli, ado.
+    """
+
+    policy: str = "static"
     interval: int = 20  # steps between two moves
     warmup: int = 0  # steps before the first move
-    learning_rate: float = 0.5  # of the exponentiated-gradient step
-    smoothing: float = 0.0  # share of the old influence estimate kept at a move (EMA)
-    min_weight: float = 0.02
+    freeze: int | None = None  # step from which the weights stay as they are
+    learning_rate: float = 0.5  # log-weight (influence, alignment, doge, doremi, aioli)
+    smoothing: float = 0.0  # share of the old estimate or reward kept (influence's kin, odm)
+    ema: float = 0.0  # share of the old weights kept at a move
+    exploration: float = 1e-3  # weight given to all alike (doremi), to others in a trial (aioli)
+    hold: int = 6  # moves for which a round's answer is in force (aioli)
+    temperature: float = 1.0  # of sizes (temperature); pull to configured weights (group_influence)
+    min_weight: float = 0.02  # of policies that move
     max_weight: float = 0.9
+    bounds: dict[str, list[float]] = field(default_factory=dict)  # source: [least, greatest]
+    sizes: dict[str, float] = field(default_factory=dict)  # by source; empty: the store's tokens
+    stages: list[StageConfig] = field(default_factory=list)  # of a schedule
+    interpolate: bool = False  # from stage to stage in a straight line
+    reference: dict[str, float] = field(default_factory=dict)  # source: nats a target, for doremi
+    reference_run: str | None = None  # or take its final held-out losses
+    on_failure: str = "stop"  # no weights come of a move: stop (at a checkpoint), or keep the last
 
 
 @dataclass

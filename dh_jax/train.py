@@ -33,7 +33,7 @@ from dh_jax.config import (
 from dh_jax.data.loader import Loader
 from dh_jax.data.store import write_json
 from dh_jax.data.tokenization import TokenizerWrapper
-from dh_jax.distributed.agreement import any_host, from_first_host, wait_for_all
+from dh_jax.distributed.agreement import any_host, wait_for_all
 from dh_jax.distributed.checkpoint import Checkpoints
 from dh_jax.distributed.mesh import (
     loader_shard,
@@ -49,16 +49,25 @@ from dh_jax.errors import ConfigError, DataError
 from dh_jax.evaluate import make_evaluation
 from dh_jax.functions import LossFn, Params, masked_mean
 from dh_jax.influence.calculator import DataInfCalculator
-from dh_jax.influence.optimizer import InfluenceAwareOptimizer, InfluenceState, Reweighting
-from dh_jax.mixing.registry import make_policy
+from dh_jax.influence.optimizer import InfluenceAwareOptimizer, InfluenceState
+from dh_jax.mixing.policy import SAMPLED
+from dh_jax.mixing.registry import SIZED, make_policy
 from dh_jax.models import decoder
 from dh_jax.ranking import rank_documents
 from dh_jax.records import StepMetrics, train_record
-from dh_jax.runconfig import check_training, refuse_other_config, save_config, training_loader
+from dh_jax.runconfig import (
+    check_training,
+    refuse_other_config,
+    resolve_reference,
+    save_config,
+    source_tokens,
+    training_loader,
+)
 from dh_jax.runlog import Listener, RunLog
 from dh_jax.runstate import restore_run, save_run
 from dh_jax.sampling import Samplers
 from dh_jax.signals import stop_signals
+from dh_jax.steering import by_source, move_weights
 
 TrainStep = Callable[
     [Params, InfluenceState, Batch, jax.Array],
@@ -91,6 +100,7 @@ def make_step(
         targets_M = of_source_MB @ batch.loss_mask_BT.sum(1).astype(jnp.float32)
         loss_M = of_source_MB @ loss_BT.sum(1) / targets_M.clip(min=1)
         metrics = StepMetrics(loss, optax.tree.norm(grads), loss_M, targets_M)
+        state = optimizer.observe(state, loss_M, targets_M)
         return optax.apply_updates(params, updates), state, metrics
 
     return jax.jit(step, donate_argnums=(0, 1), out_shardings=shardings)
@@ -145,7 +155,9 @@ def check(config: RunConfig) -> RunConfig:
     """
     check_training(config.training)
     validate_model(config.model)
-    return dataclasses.replace(config, data=load_data_config(config.data))
+    data = load_data_config(config.data)
+    mixing = resolve_reference(config.mixing, list(data.sources))
+    return dataclasses.replace(config, data=data, mixing=mixing)
 
 
 def open_run(config: RunConfig, closing: ExitStack) -> Run:
@@ -154,11 +166,12 @@ def open_run(config: RunConfig, closing: ExitStack) -> Run:
     check_heads(config.model, mesh)
     data, seed = config.data, config.training.seed
     tokenizer = TokenizerWrapper.load(data.tokenizer, add_bos=data.add_bos, add_eos=data.add_eos)
-    policy = make_policy(config.mixing)
+    sizes = source_tokens(data, tokenizer) if config.mixing.policy in SIZED else None
+    policy = make_policy(config.mixing, list(data.sources), sizes)
     loader = training_loader(config, tokenizer=tokenizer, shard=loader_shard(mesh))
     closing.enter_context(loader)
     samplers = None
-    if policy.needs or config.influence.documents:
+    if policy.needs & SAMPLED or config.influence.documents:
         samplers = Samplers(data, config.influence, tokenizer, mesh, seed=seed)
         closing.enter_context(samplers)
     key = jax.random.key(seed)
@@ -321,13 +334,19 @@ def _loop(
             if step % training.log_interval == 0 or step in (1, training.steps):
                 log.write(train_record(step, metrics, learning_rate, loader, run.mesh, rows))
             if optimizer.due(step):
-                with phase("reweight", step):
-                    samples = samplers.draw("train") if samplers else {}
-                    probes = samplers.draw("probe") if samplers else {}
-                    state, move = optimizer.reweight(params, state, samples, probes, key)
-                if (move.weights_M != move.previous_M).any():
-                    loader.set_weights(from_first_host(by_source(loader, move.weights_M)))
-                    log.write(_reweight_record(step, move, loader))
+                try:
+                    with phase("reweight", step):
+                        state, record = move_weights(
+                            optimizer, samplers, loader, params, state, key,
+                            keep=config.mixing.on_failure == "keep",
+                        )  # fmt: skip
+                except DataError as error:
+                    arrays = _arrays(params, state, run.key)
+                    save_run(checkpoints, step, arrays, loader, samplers, run.mesh)
+                    checkpoints.wait()
+                    raise DataError(f"{error} (step {step} is saved)") from error
+                if record is not None:
+                    log.write(record)
             last = step == training.steps
             if step % training.eval_interval == 0 or last:
                 judge(step)
@@ -358,19 +377,6 @@ def _arrays(params: Params, state: InfluenceState, key: jax.Array) -> dict[str, 
 def _write(path: Path, content: dict[str, Any]) -> None:
     if jax.process_index() == 0:
         write_json(path, content)
-
-
-def _reweight_record(step: int, move: Reweighting, loader: Loader) -> dict[str, Any]:
-    record: dict[str, Any] = {"kind": "reweight", "step": step, "weights": loader.weights}
-    if move.influence_M is not None:
-        record["influence"] = by_source(loader, move.influence_M)
-        record["coverage"] = move.coverage
-    return record
-
-
-def by_source(loader: Loader, values_M: Any) -> dict[str, float]:
-    """An array over sources as a mapping from their names."""
-    return dict(zip(loader.names, np.asarray(values_M, np.float64).tolist(), strict=True))
 
 
 def describe(run: Run) -> dict[str, Any]:

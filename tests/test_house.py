@@ -47,6 +47,7 @@ FLOORS = {
     "dh_jax.runstate": 4,
     "dh_jax.sampling": 4,
     "dh_jax.signals": 4,
+    "dh_jax.steering": 4,
     "dh_jax.trackers": 4,
     "dh_jax.train": 4,
     "dh_jax.viz": 4,

@@ -56,6 +56,7 @@ class DataInfCalculator:
             raise ConfigError(f"influence.damping is {damping}; it must be finite and above 0")
         if chunk < 1:
             raise ConfigError(f"chunk is {chunk} rows; the least is 1")
+        self.loss_fn = loss_fn
         self.settings = datainf.Settings(damping, parameters, chunk, max_bytes)
         both = (loss_fn, self.settings)
         self._fit = jax.jit(partial(datainf.fit, *both))

@@ -17,13 +17,16 @@ import optax
 
 from dh_jax.batch import Batch
 from dh_jax.distributed.mesh import to_host
-from dh_jax.errors import ConfigError, DataError
+from dh_jax.errors import ConfigError
 from dh_jax.functions import Params
+from dh_jax.influence.alignment import check_targets, source_alignment, target_loss
 from dh_jax.influence.calculator import DataInfCalculator
-from dh_jax.influence.gradients import Blocks, valid_rows
-from dh_jax.mixing.policy import Observation, Policy, PolicyState
+from dh_jax.influence.checks import refuse_gradient, refuse_non_finite, rows_with_targets
+from dh_jax.influence.gradients import Blocks
+from dh_jax.mixing.checks import refuse_no_mixture, refuse_unknown
+from dh_jax.mixing.policy import LEARNT, SAMPLED, Observation, Policy, PolicyState
 
-MEASURED = frozenset({"influence_M"})  # fields of Observation that `reweight` can fill
+GRADIENTS = frozenset({"influence_M", "alignment_M", "norm_M"})  # measured on the sources' rows
 
 
 class InfluenceState(NamedTuple):
@@ -33,6 +36,8 @@ class InfluenceState(NamedTuple):
     step: jax.Array  # int32, updates made
     weights_M: jax.Array  # float32, the mixture in force
     policy: PolicyState
+    nats_M: jax.Array  # float32, loss summed over targets since the last move; see `observe`
+    targets_M: jax.Array  # float32, targets learnt since the last move
 
 
 class Reweighting(NamedTuple):
@@ -42,7 +47,8 @@ class Reweighting(NamedTuple):
     previous_M: np.ndarray  # float32, weights before
     weights_M: np.ndarray  # float32, weights from now on
     influence_M: np.ndarray | None  # float32, positive = harmful; None if the policy asks for none
-    coverage: float | None  # share of the parameters that influence was measured on
+    coverage: float | None  # share of the parameters that gradients were taken of
+    alignment_M: np.ndarray | None = None  # float32, positive = helpful; likewise
 
 
 class InfluenceAwareOptimizer:
@@ -53,6 +59,7 @@ class InfluenceAwareOptimizer:
     data, outside ``jit``, since its errors must reach the user::
 
         updates, state = optimizer.update(grads, state, params)
+        state = optimizer.observe(state, loss_M, targets_M)  # for policies that look at losses
         if optimizer.due(step):  # step = updates made so far
             state, move = optimizer.reweight(params, state, source_rows, probe_rows, key)
             loader.set_weights(dict(zip(optimizer.source_names, move.weights_M)))
@@ -60,7 +67,8 @@ class InfluenceAwareOptimizer:
     Args:
         optimizer: any optax optimizer.
         policy: moves the weights (`dh_jax.mixing.registry.make_policy`).
-        calculator: measures influence; None will do for a policy that needs none.
+        calculator: measures influence, gradients and probes; None will do for a policy that needs
+            nothing of the kind.
         source_names: names of the mixture's sources, in the loader's order.
         weights: the configured mixture: by name, or in the order of ``source_names``.
         interval: steps between two moves.
@@ -90,11 +98,11 @@ class InfluenceAwareOptimizer:
             raise ConfigError(f"mixing.interval is {interval} steps; the least is 1")
         if warmup < 0:
             raise ConfigError(f"mixing.warmup is {warmup} steps; the least is 0")
-        unknown = policy.needs - MEASURED
+        unknown = policy.needs - SAMPLED - LEARNT
         if unknown:
             raise ConfigError(
                 f"the policy needs {', '.join(sorted(unknown))}, which reweight does not measure; "
-                f"it measures {', '.join(sorted(MEASURED))}"
+                f"it measures {', '.join(sorted(SAMPLED | LEARNT))}"
             )
         self.inner = optax.with_extra_args_support(optimizer)
         self.policy = policy
@@ -103,9 +111,12 @@ class InfluenceAwareOptimizer:
         self.interval = interval
         self.warmup = warmup
         self.targets: dict[str, float] = {}
-        if policy.needs:
+        if policy.needs & SAMPLED:
             if calculator is None:
-                raise ConfigError("the policy needs influence; give a DataInfCalculator")
+                raise ConfigError(
+                    f"the policy needs {', '.join(sorted(policy.needs & SAMPLED))}; "
+                    "give a DataInfCalculator"
+                )
             self.targets = resolve_targets(targets or {}, probe_names)
         start_M = jnp.asarray(_in_order(weights, self.source_names), jnp.float32)
         self._start_M = np.asarray(policy.start(start_M))
@@ -119,6 +130,8 @@ class InfluenceAwareOptimizer:
             step=jnp.zeros((), jnp.int32),
             weights_M=weights_M,
             policy=self.policy.init(weights_M),
+            nats_M=jnp.zeros_like(weights_M),
+            targets_M=jnp.zeros_like(weights_M),
         )
 
     def update(
@@ -127,6 +140,24 @@ class InfluenceAwareOptimizer:
         """The wrapped optimizer's update; the weights stay as they are."""
         updates, inner = self.inner.update(updates, state.inner, params, **extra)
         return updates, state._replace(inner=inner, step=optax.safe_increment(state.step))
+
+    def observe(
+        self, state: InfluenceState, loss_M: jax.Array, targets_M: jax.Array
+    ) -> InfluenceState:
+        """Note what a step learnt of each source; pure and jit-able.
+
+        Costs nothing for a policy that does not look at losses.
+
+        Args:
+            state: of this optimizer.
+            loss_M: mean loss of each source's targets in the step's (global) batch, nats.
+            targets_M: how many there were.
+        """
+        if not self.policy.needs & LEARNT:
+            return state
+        return state._replace(
+            nats_M=state.nats_M + loss_M * targets_M, targets_M=state.targets_M + targets_M
+        )
 
     def due(self, step: int) -> bool:
         """Whether the weights are to move once ``step`` updates have been made."""
@@ -159,30 +190,64 @@ class InfluenceAwareOptimizer:
             ConfigError: rows of a source or a target probe are missing.
             DataError: they hold nothing to learn, or their gradient or score is not finite.
         """
-        influence_M: np.ndarray | None = None
-        coverage: float | None = None
-        if "influence_M" in self.policy.needs:
-            assert self.calculator is not None
-            influence_M = source_influence(
-                self.calculator,
-                params,
-                _by_name(sources, self.source_names),
-                probes or {},
-                self.targets,
-                jax.random.key(0) if key is None else key,
-            )
-            coverage = self.calculator.coverage(params)
-        seen = None if influence_M is None else jnp.asarray(influence_M, jnp.float32)
-        observation = Observation(state.step, state.weights_M, influence_M=seen)
+        observation, coverage = self._observation(params, state, sources, probes, key)
+        refuse_unknown(observation, self.source_names)
         weights_M, policy_state = self._move(observation, state.policy)
+        refuse_no_mixture(np.asarray(weights_M), self.source_names)
         move = Reweighting(
             step=int(state.step),
             previous_M=np.asarray(state.weights_M),
             weights_M=np.asarray(weights_M),
-            influence_M=influence_M,
+            influence_M=_plain(observation.influence_M),
             coverage=coverage,
+            alignment_M=_plain(observation.alignment_M),
         )
-        return state._replace(weights_M=weights_M, policy=policy_state), move
+        targets_M = state.targets_M  # zeros placed as they are, in buffers of their own to donate
+        state = state._replace(
+            weights_M=weights_M,
+            policy=policy_state,
+            nats_M=targets_M - targets_M,
+            targets_M=targets_M - targets_M,
+        )
+        return state, move
+
+    def _observation(
+        self,
+        params: Params,
+        state: InfluenceState,
+        sources: Mapping[str, Batch] | Sequence[Batch],
+        probes: Mapping[str, Batch] | None,
+        key: jax.Array | None,
+    ) -> tuple[Observation, float | None]:
+        """What the policy asks to see, and the share of parameters that gradients covered."""
+        needs = self.policy.needs
+        seen: dict[str, Any] = {}
+        coverage: float | None = None
+        if needs & LEARNT:
+            if not (state.targets_M > 0).any():
+                raise ConfigError(
+                    "the policy looks at losses, but no step was observed since its last move; "
+                    "call observe after every update"
+                )
+            seen["loss_M"] = state.nats_M / state.targets_M.clip(min=1)
+            seen["tokens_M"] = state.targets_M
+        if needs & SAMPLED:
+            assert self.calculator is not None
+            calculator, key = self.calculator, jax.random.key(0) if key is None else key
+            probed = (probes or {}, self.targets, key)
+            if needs & GRADIENTS:
+                rows = _by_name(sources, self.source_names)
+                coverage = calculator.coverage(params)
+            if "influence_M" in needs:
+                seen["influence_M"] = source_influence(calculator, params, rows, *probed)
+            if needs & {"alignment_M", "norm_M"}:
+                pair = source_alignment(calculator, params, rows, *probed)
+                both = dict(zip(("alignment_M", "norm_M"), pair, strict=True))
+                seen |= {name: both[name] for name in needs & set(both)}
+            if "target_loss" in needs:
+                seen["target_loss"] = target_loss(calculator, params, *probed)
+            seen = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), seen)
+        return Observation(state.step, state.weights_M, **seen), coverage
 
 
 def source_influence(
@@ -213,15 +278,13 @@ def source_influence(
         ConfigError: a target has no probe rows, or sources differ in row length.
         DataError: rows hold nothing to learn, or a gradient or score is not finite; names whose.
     """
-    missing = [name for name in targets if name not in probes]
-    if missing:
-        raise ConfigError(f"no rows for probe {', '.join(map(repr, missing))}; it is a target")
+    check_targets(targets, probes)
     lengths = {name: batch.tokens_BT.shape[1] for name, batch in sources.items()}
     if len(set(lengths.values())) > 1:
         raise ConfigError(f"sources differ in row length {lengths}; sample rows of one length")
-    valid = {name: _valid(f"source {name!r}", batch) for name, batch in sources.items()}
+    valid = {name: rows_with_targets(f"source {name!r}", batch) for name, batch in sources.items()}
     for name in targets:
-        _valid(f"probe {name!r}", probes[name])
+        rows_with_targets(f"probe {name!r}", probes[name])
 
     fit_key, probe_key = jax.random.split(key)
     rows: Batch = jax.tree.map(lambda *x: jnp.concatenate(x), *sources.values())
@@ -229,19 +292,18 @@ def source_influence(
 
     fitted = calculator.fit(params, rows, fit_key)
     squares_B = to_host(sum(fitted.squares_B.values()))
-    _refuse_non_finite("gradient", dict(zip(valid, np.split(squares_B, cuts), strict=True)))
+    refuse_non_finite("gradient", dict(zip(valid, np.split(squares_B, cuts), strict=True)))
 
     v: Blocks = {}
     for name, weight in targets.items():
         gradient = calculator.probe_gradient(params, probes[name], probe_key)
-        if not bool(_all_finite(gradient)):
-            raise DataError(f"probe {name!r}: gradient is not finite; {_CURE}")
+        refuse_gradient(f"probe {name!r}", gradient)
         v = {path: weight * g + v.get(path, 0.0) for path, g in gradient.items()}
 
     q = calculator.precondition(fitted, v)
     scores_B = to_host(calculator.score_fitted(fitted, q))
     scores = dict(zip(valid, np.split(scores_B, cuts), strict=True))
-    _refuse_non_finite("influence", scores)
+    refuse_non_finite("influence", scores)
     means = [scores[name][valid[name]].mean() for name in valid]
     return np.asarray(means, np.float32)
 
@@ -274,7 +336,9 @@ def resolve_targets(targets: Mapping[str, float], probe_names: Sequence[str]) ->
 
 # --- checks ----------------------------------------------------------------------------------
 
-_CURE = "training has diverged or the rows are broken: lower the learning rate or look at them"
+
+def _plain(values_M: jax.Array | None) -> np.ndarray | None:
+    return None if values_M is None else np.asarray(values_M)
 
 
 def _in_order(weights: Mapping[str, float] | Sequence[float], names: Sequence[str]) -> list[float]:
@@ -283,9 +347,15 @@ def _in_order(weights: Mapping[str, float] | Sequence[float], names: Sequence[st
             raise ConfigError(
                 f"weights name {', '.join(weights)} but the sources are {', '.join(names)}"
             )
-        return [weights[name] for name in names]
+        weights = [weights[name] for name in names]
     if len(weights) != len(names):
         raise ConfigError(f"{len(weights)} weights for {len(names)} sources; give one for each")
+    for name, weight in zip(names, weights, strict=True):
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ConfigError(f"weight of source {name!r} is {weight}; it must be at least 0")
+    total = math.fsum(weights)
+    if abs(total - 1) > 1e-4:
+        raise ConfigError(f"weights of the sources sum to {total:g}; they must sum to 1")
     return list(weights)
 
 
@@ -300,22 +370,3 @@ def _by_name(
     if len(batches) != len(names):
         raise ConfigError(f"rows of {len(batches)} sources given, but there are {len(names)}")
     return dict(zip(names, batches, strict=True))
-
-
-def _valid(owner: str, batch: Batch) -> np.ndarray:
-    valid_B: np.ndarray = to_host(valid_rows(batch))
-    if not valid_B.any():
-        raise DataError(f"{owner}: none of its {len(valid_B)} rows has a target to learn")
-    return valid_B
-
-
-def _refuse_non_finite(what: str, values: Mapping[str, np.ndarray]) -> None:
-    bad = {name: int((~np.isfinite(x)).sum()) for name, x in values.items()}
-    if any(bad.values()):
-        named = ", ".join(f"{n!r} ({k} of {len(values[n])} rows)" for n, k in bad.items() if k)
-        raise DataError(f"{what} is not finite for source {named}; {_CURE}")
-
-
-@jax.jit
-def _all_finite(blocks: Blocks) -> jax.Array:
-    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(blocks)]).all()

@@ -1,23 +1,26 @@
-"""Move weights towards sources whose rows lower the probe's loss, by their influence.
+"""Move weights towards sources whose rows lower the probe's loss, by a bounded step.
 
 Shapes: M sources.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from dh_jax.mixing.policy import Observation, Policy
-from dh_jax.mixing.simplex import check_bounds, project
+from dh_jax.mixing.combinators import bounded
+from dh_jax.mixing.policy import Observation, Policy, as_configured
+
+Helpful = Callable[[Observation], jax.Array]  # (M,) what to have more of
 
 
 class InfluencePolicyState(NamedTuple):
     """What the influence policy remembers between moves."""
 
-    helpful_M: jax.Array  # float32, moving average of -influence, before bias correction
+    helpful_M: jax.Array  # float32, moving average of helpfulness, before bias correction
     spread: jax.Array  # float32, moving mean square of the centred average, likewise
     moves: jax.Array  # int32, moves made
 
@@ -62,10 +65,42 @@ def influence(
         AMSGrad (the maximum).
     """
 
-    def start(weights_M: jax.Array) -> jax.Array:
-        check_bounds(weights_M.size, min_weight, max_weight)
-        return project(weights_M, min_weight, max_weight)
+    def helpful(observation: Observation) -> jax.Array:
+        assert observation.influence_M is not None, "reweight fills what `needs` names"
+        return -observation.influence_M
 
+    step = _ascent(helpful, learning_rate, smoothing, memory, frozenset({"influence_M"}))
+    return bounded(step, min_weight, max_weight)
+
+
+def alignment(
+    learning_rate: float = 0.5,
+    smoothing: float = 0.0,
+    min_weight: float = 0.0,
+    max_weight: float = 1.0,
+    memory: float = 0.9,
+) -> Policy:
+    """`influence` without curvature: helpfulness is the dot product of a source's gradient with
+    the target's, so a move costs one gradient a source and none of each row.
+
+    Args and References: as `influence`. DoGE (`dh_jax.mixing.doge`) steps along the same dot
+    product, scaled by gradient norms instead of by what the sources differ in.
+
+    Returns:
+        A policy that needs ``alignment_M``.
+    """
+
+    def helpful(observation: Observation) -> jax.Array:
+        assert observation.alignment_M is not None, "reweight fills what `needs` names"
+        return observation.alignment_M
+
+    step = _ascent(helpful, learning_rate, smoothing, memory, frozenset({"alignment_M"}))
+    return bounded(step, min_weight, max_weight)
+
+
+def _ascent(
+    helpful: Helpful, learning_rate: float, smoothing: float, memory: float, needs: frozenset[str]
+) -> Policy:
     def init(weights_M: jax.Array) -> InfluencePolicyState:
         zero = jnp.zeros((), weights_M.dtype)
         return InfluencePolicyState(jnp.zeros_like(weights_M), zero, jnp.zeros((), jnp.int32))
@@ -73,18 +108,16 @@ def influence(
     def update(
         observation: Observation, state: InfluencePolicyState
     ) -> tuple[jax.Array, InfluencePolicyState]:
-        weights_M, influence_M = observation.weights_M, observation.influence_M
-        assert influence_M is not None, "InfluenceAwareOptimizer fills what `needs` names"
+        weights_M = observation.weights_M
         moves = state.moves + 1
-        helpful_M = smoothing * state.helpful_M - (1 - smoothing) * influence_M
+        helpful_M = smoothing * state.helpful_M + (1 - smoothing) * helpful(observation)
         estimate_M = helpful_M / (1 - smoothing**moves)
         centred_M = estimate_M - (weights_M * estimate_M).sum()
         now = jnp.square(centred_M).mean()
         spread = memory * state.spread + (1 - memory) * now
         scale = jnp.sqrt(jnp.maximum(spread / (1 - memory**moves), now))
-        step_M = jnp.where(scale > 0, centred_M / jnp.where(scale > 0, scale, 1), 0)
+        step_M = jnp.where(scale == 0, 0, centred_M / jnp.where(scale == 0, 1, scale))
         moved_M = jax.nn.softmax(jnp.log(weights_M) + learning_rate * step_M)
-        new_M = project(moved_M, min_weight, max_weight)
-        return new_M, InfluencePolicyState(helpful_M, spread, moves)
+        return moved_M, InfluencePolicyState(helpful_M, spread, moves)
 
-    return Policy(start, init, update, needs=frozenset({"influence_M"}))
+    return Policy(as_configured, init, update, needs)

@@ -244,7 +244,10 @@ def test_targets_are_normalised_and_default_to_equal():
         ({"weights": [0.5, 0.5]}, "2 weights for 3 sources"),
         ({"weights": {"first": 1.0}}, "weights name first but the sources are first, second"),
         ({"policy": influence(min_weight=0.5)}, "min_weight over 3 sources"),
-        ({"policy": Policy(*static()[:3], needs=frozenset({"loss_M"}))}, "needs loss_M"),
+        ({"weights": [0.5, -0.1, 0.6]}, "weight of source 'second' is -0.1"),
+        ({"weights": [0.5, float("nan"), 0.5]}, "weight of source 'second' is nan"),
+        ({"weights": [0.0, 0.0, 0.0]}, "sum to 0; they must sum to 1"),
+        ({"policy": Policy(*static()[:3], needs=frozenset({"sharpness"}))}, "needs sharpness"),
     ],
 )
 def test_impossible_arrangements_are_refused_at_once(options, message):

