@@ -33,11 +33,7 @@ def document_sums(values_BT: jax.Array, batch: Batch, max_segments: int) -> jax.
 
 def target_counts(batch: Batch, max_segments: int) -> jax.Array:
     """(B, S) int32, valid targets of each document; 0 where there is no such document."""
-
-    def count(mask_T: jax.Array, ids_T: jax.Array) -> jax.Array:
-        return jax.ops.segment_sum(mask_T.astype(jnp.int32), ids_T, max_segments + 1)[1:]
-
-    return jax.vmap(count)(batch.loss_mask_BT, batch.segment_ids_BT)
+    return document_totals(batch.loss_mask_BT.astype(jnp.int32), batch, max_segments)
 
 
 def spread(values_BS: jax.Array, batch: Batch) -> jax.Array:
@@ -57,18 +53,16 @@ def target_weights(
     return mask_BT * spread(1 / counts_BS, batch)
 
 
-def document_losses(
-    loss_BT: jax.Array, batch: Batch, max_segments: int, reduction: Reduction
-) -> jax.Array:
-    """(B, S) loss of each document, by which a broken one is found."""
-    masked_BT = jnp.where(batch.loss_mask_BT, loss_BT, 0)
-    weights_BT = target_weights(batch, max_segments, reduction, loss_BT.dtype)
+def document_totals(values_BT: jax.Array, batch: Batch, max_segments: int) -> jax.Array:
+    """(B, S) sums by document in which a NaN stays in its document.
 
-    # Not by a matrix product: 0 x NaN would spread one document's fault over its row.
+    In `document_sums`, a matrix product and faster, 0 x NaN spreads it over the row.
+    """
+
     def sums(values_T: jax.Array, ids_T: jax.Array) -> jax.Array:
         return jax.ops.segment_sum(values_T, ids_T, max_segments + 1)[1:]
 
-    return jax.vmap(sums)(masked_BT * weights_BT, batch.segment_ids_BT)
+    return jax.vmap(sums)(values_BT, batch.segment_ids_BT)
 
 
 def document_gradients(

@@ -101,7 +101,7 @@ def checked(data: Data, scope: Scope, key: jax.Array) -> Iterator[tuple[int, Bat
         DataError: a row has more segments than the scope allows, or there is no batch at all.
     """
     index = -1
-    for index, batch in enumerate(data):  # noqa: B007 - told apart from no batch below
+    for index, batch in enumerate(data):
         most = int(np.max(np.asarray(batch.segment_ids_BT)))
         if most > scope.max_segments:
             raise DataError(

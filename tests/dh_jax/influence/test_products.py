@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ def documents(rows=6, seed=0):
 
 def split(batch, *sizes):
     edges = np.cumsum((0, *sizes))
-    return [jax.tree.map(lambda x: x[a:b], batch) for a, b in zip(edges, edges[1:], strict=False)]
+    return [jax.tree.map(lambda x, a=a, b=b: x[a:b], batch) for a, b in itertools.pairwise(edges)]
 
 
 @functools.cache
@@ -174,7 +175,7 @@ def test_a_subset_of_parameters_gives_its_block_of_the_matrix():
 def test_what_cannot_be_computed_is_refused():
     params = tiny.sequence_params(KEY)
     vectors = stacked(params, 3, jnp.float32)
-    with pytest.raises(ConfigError, match="'gauss_newton' needs Objective.logits"):
+    with pytest.raises(ConfigError, match="'gauss_newton' needs"):
         batch_product(Objective(tiny.sequence_loss), Scope(), "gauss_newton")
     with pytest.raises(ConfigError, match="no curvature 'fischer'"):
         batch_product(OBJECTIVE, Scope(), "fischer")
