@@ -56,6 +56,13 @@ def tapped_paths(objective: Objective, scope: Scope) -> dict[str, TappedLayer]:
     return chosen
 
 
+def bias_paths(objective: Objective, scope: Scope) -> dict[str, str]:
+    """The kernels whose bias `capture` joins to them, and that bias."""
+    search = re.compile(scope.parameters).search
+    layers = tapped_paths(objective, scope).values()
+    return {x.weight: x.bias for x in layers if x.bias and search(x.weight) and search(x.bias)}
+
+
 def capture(
     objective: Objective,
     scope: Scope,
@@ -64,6 +71,7 @@ def capture(
     key: jax.Array,
     *,
     join_bias: bool = False,
+    label_weights: jax.Array | None = None,
 ) -> Captured:
     """Every selected tensor's part in the gradients of a batch's documents.
 
@@ -75,6 +83,7 @@ def capture(
         key: random key, as the loss may use it.
         join_bias: a linear layer's bias becomes a last row of its kernel (its activation is 1),
             as EK-FAC wants it; a part of its own otherwise.
+        label_weights: (B, T) factors of the targets' losses, over and above the scope's.
     """
     layers = tapped_paths(objective, scope)
     assert objective.tapped is not None and objective.zero_taps is not None
@@ -87,6 +96,8 @@ def capture(
 
     loss_BT, pull, activations = jax.vjp(losses, taps, has_aux=True)
     weights_BT = target_weights(batch, scope.max_segments, scope.reduction, loss_BT.dtype)
+    if label_weights is not None:
+        weights_BT = weights_BT * label_weights.astype(loss_BT.dtype)
     (cotangents,) = pull(weights_BT)
     uses: dict[str, list[Part]] = {}
     for name, layer in layers.items():
