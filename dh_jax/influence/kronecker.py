@@ -147,15 +147,20 @@ def eigenbasis(covariance: jax.Array) -> tuple[np.ndarray, np.ndarray]:
 
 
 def preconditioned(
-    factors: Factors, vectors: Blocks, biases: dict[str, str], damping: float
+    factors: Factors,
+    vectors: Blocks,
+    biases: dict[str, str],
+    damping: float = 0.0,
+    shift: float | jax.Array = 0.0,
 ) -> Blocks:
-    """``H^-1 v`` for K stacked vectors; 0 where a tensor has no curvature at all.
+    """``(H + lambda I)^-1 v`` for K stacked vectors; 0 where a tensor has no curvature at all.
 
     Args:
         factors: from an estimator's ``fit``.
         vectors: by path, ``(K, *shape)``.
         biases: kernels whose bias is their last row, and that bias.
         damping: lambda of a tensor (of a layer, where scanned) over its mean eigenvalue.
+        shift: added to that lambda, for all tensors alike.
     """
     out: Blocks = {}
     for path, factor in factors.items():
@@ -163,7 +168,7 @@ def preconditioned(
         v = vectors[path]
         if bias is not None:
             v = jnp.concatenate([v, vectors[bias][..., None, :]], axis=-2)
-        moved = _solve(factor, v, damping)
+        moved = _solve(factor, v, damping, shift)
         if bias is not None:
             out[bias] = moved[..., -1, :]
             moved = moved[..., :-1, :]
@@ -171,10 +176,10 @@ def preconditioned(
     return out
 
 
-def _solve(factor: Factor, v: jax.Array, damping: float) -> jax.Array:
+def _solve(factor: Factor, v: jax.Array, damping: float, shift: float | jax.Array) -> jax.Array:
     values = factor[-1]
     axes = (-1,) if isinstance(factor, Diagonal) else (-2, -1)
-    damped = values + damping * values.mean(axis=axes, keepdims=True)
+    damped = values + damping * values.mean(axis=axes, keepdims=True) + shift
     inverse = jnp.where(damped > 0, 1 / jnp.where(damped > 0, damped, 1), 0)
     if isinstance(factor, Diagonal):
         return v * inverse

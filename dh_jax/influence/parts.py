@@ -11,7 +11,7 @@ scale. No document's gradient of all tensors ever exists, and of one kernel only
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from dh_jax.batch import Batch
 from dh_jax.influence.documents import document_sums, spread
+from dh_jax.influence.sketch import Sketch, places, project
 from dh_jax.influence.tiles import map_documents
 
 
@@ -116,21 +117,37 @@ def gradients(part: Part, batch: Batch, max_segments: int, shape: tuple[int, ...
     return _vectors(part, batch, max_segments)
 
 
-def of_documents(
+def sketched(
     part: Part,
+    sketch: Sketch,
+    path: str,
     batch: Batch,
     max_segments: int,
     shape: tuple[int, ...],
-    of_gradient: Callable[[jax.Array], jax.Array],
+    offset: int | jax.Array = 0,
 ) -> jax.Array:
-    """(B, S, ...) ``of_gradient`` (``(n, *shape) -> (n, ...)``) of every document's gradient,
-    which for an unscanned kernel exists for one document of each row at a time."""
-    if isinstance(part, Outer) and not is_scanned(part):
-        return map_documents(*part, batch.segment_ids_BT, max_segments, of_gradient)
-    whole = gradients(part, batch, max_segments, shape)
-    B, S = whole.shape[:2]
-    out = of_gradient(whole.reshape(B * S, *shape))
-    return out.reshape(B, S, *out.shape[1:])
+    """(B, S, k) the sketch of every document's gradient; see `dh_jax.influence.sketch`."""
+    if is_scanned(part):
+        offsets_L = jnp.arange(shape[0], dtype=jnp.uint32) * math.prod(shape[1:])
+        each = jax.vmap(lambda p, o: sketched(p, sketch, path, batch, max_segments, shape[1:], o))
+        return each(part, offsets_L).sum(axis=0)
+    if isinstance(part, Outer):
+        return map_documents(
+            *part, batch.segment_ids_BT, max_segments, lambda g: project(sketch, path, g, offset)
+        )
+    if isinstance(part, Lookup):  # linear in the tokens, so each is put in its places alone
+        D = shape[-1]
+        index = part.ids_BTU[..., None].astype(jnp.uint32) * D + jnp.arange(D, dtype=jnp.uint32)
+        place, sign = places(sketch, path, index + jnp.asarray(offset, jnp.uint32))
+        document_BT = jnp.where(batch.segment_ids_BT > 0, batch.segment_ids_BT - 1, max_segments)
+        B = len(part.ids_BTU)
+        row = jnp.arange(B)[:, None, None, None]
+        start = jnp.zeros((B, max_segments, sketch.size), part.cotangent_BTUD.dtype)
+        values = part.cotangent_BTUD * sign.astype(start.dtype)
+        return start.at[row, document_BT[..., None, None], place].add(values, mode="drop")
+    whole = _vectors(part, batch, max_segments)
+    flat = project(sketch, path, whole.reshape(-1, whole.shape[-1]), offset)
+    return flat.reshape(*whole.shape[:2], -1)
 
 
 def gather_equal_ids(part: Lookup, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -18,10 +18,10 @@ from dh_jax.influence import documents, parts
 from dh_jax.influence.chunks import chunks_and_keys, from_chunks
 from dh_jax.influence.gradients import Blocks, select
 from dh_jax.influence.objective import Objective, Scope, check_scope
+from dh_jax.influence.sketch import Sketch, project
 from dh_jax.influence.taps import capture, coverage, tapped_paths
 
 Tree = TypeVar("Tree")
-OfGradient = Callable[[str, jax.Array], jax.Array]  # (path, (n, *shape)) -> (n, ...)
 
 
 class PerDocument(NamedTuple):
@@ -34,7 +34,7 @@ class PerDocument(NamedTuple):
     products: Callable[[Params, Blocks, Batch, jax.Array], jax.Array]  # (B, S, K) in all tensors
     products_each: Callable[[Params, Blocks, Batch, jax.Array], Blocks]  # (B, S, K) a tensor
     combine: Callable[[Params, Blocks, Batch, jax.Array], Blocks]  # (K, B, S) -> (K, *shape)
-    mapped: Callable[[OfGradient, Params, Batch, jax.Array], Blocks]  # (B, S, ...) a tensor
+    sketched: Callable[[Sketch, Params, Batch, jax.Array], jax.Array]  # (B, S, k)
     health: Callable[[Params, Batch, jax.Array], jax.Array]  # (B, S), finite where all is well
 
 
@@ -76,12 +76,11 @@ def plain(objective: Objective, scope: Scope) -> PerDocument:
             for path, g in each.items()
         }
 
-    def mapped(of: OfGradient, params: Params, rows: Batch, key: jax.Array) -> Blocks:
-        out = {}
-        for path, g in gradients(params, rows, key).items():
-            flat = of(path, g.reshape(-1, *g.shape[2:]))
-            out[path] = flat.reshape(*g.shape[:2], *flat.shape[1:])
-        return out
+    def sketched(sketch: Sketch, params: Params, rows: Batch, key: jax.Array) -> jax.Array:
+        each = gradients(params, rows, key)
+        flat = {p: g.reshape(-1, *g.shape[2:]) for p, g in each.items()}
+        total = sum((project(sketch, p, g) for p, g in flat.items()), jnp.zeros(()))
+        return total.reshape(len(rows.tokens_BT), S, sketch.size)
 
     def health(params: Params, rows: Batch, key: jax.Array) -> jax.Array:
         return sum(squares(params, rows, key).values(), jnp.zeros(()))
@@ -95,7 +94,7 @@ def plain(objective: Objective, scope: Scope) -> PerDocument:
             products,
             products_each,
             combine,
-            mapped,
+            sketched,
             health,
         ),
         scope,
@@ -141,14 +140,13 @@ def tapped(objective: Objective, scope: Scope) -> PerDocument:
             for path, part in seen(params, rows, key).items()
         }
 
-    def mapped(of: OfGradient, params: Params, rows: Batch, key: jax.Array) -> Blocks:
+    def sketched(sketch: Sketch, params: Params, rows: Batch, key: jax.Array) -> jax.Array:
         shapes = blocks(params)
-        return {
-            path: parts.of_documents(
-                part, rows, S, shapes[path].shape, lambda g, path=path: of(path, g)
-            )
+        each = [
+            parts.sketched(part, sketch, path, rows, S, shapes[path].shape)
             for path, part in seen(params, rows, key).items()
-        }
+        ]
+        return sum(each[1:], each[0])
 
     def health(params: Params, rows: Batch, key: jax.Array) -> jax.Array:
         return capture(objective, scope, params, rows, key).health_BS
@@ -162,7 +160,7 @@ def tapped(objective: Objective, scope: Scope) -> PerDocument:
             products,
             products_each,
             combine,
-            mapped,
+            sketched,
             health,
         ),
         scope,
@@ -220,8 +218,8 @@ def _chunked(whole: PerDocument, scope: Scope) -> PerDocument:
             lambda rows, k: whole.products_each(params, vectors, rows, k), batch, key
         ),
         combine,
-        lambda of, params, batch, key: per_row(
-            lambda rows, k: whole.mapped(of, params, rows, k), batch, key
+        lambda sketch, params, batch, key: per_row(
+            lambda rows, k: whole.sketched(sketch, params, rows, k), batch, key
         ),
         lambda params, batch, key: per_row(
             lambda rows, k: whole.health(params, rows, k), batch, key

@@ -56,6 +56,14 @@ def tapped_paths(objective: Objective, scope: Scope) -> dict[str, TappedLayer]:
     return chosen
 
 
+def exact_pattern(objective: Objective, scope: Scope) -> str:
+    """A regular expression of the tapped and selected tensors, and of no others."""
+    search = re.compile(scope.parameters).search
+    layers = tapped_paths(objective, scope).values()
+    paths = {p for x in layers for p in (x.weight, x.bias) if p and search(p)}
+    return f"^(?:{'|'.join(map(re.escape, sorted(paths)))})$"
+
+
 def bias_paths(objective: Objective, scope: Scope) -> dict[str, str]:
     """The kernels whose bias `capture` joins to them, and that bias."""
     search = re.compile(scope.parameters).search

@@ -18,6 +18,7 @@ from dh_jax.functions import TappedLayer
 from dh_jax.influence import per_document as doors
 from dh_jax.influence.gradients import select
 from dh_jax.influence.objective import Objective, Scope
+from dh_jax.influence.sketch import Sketch, places
 from dh_jax.influence.taps import complete_layers
 from dh_jax.influence.tiles import map_documents
 from dh_jax.models import decoder
@@ -115,6 +116,20 @@ def test_the_real_decoder_too(dtype, monkeypatch):
         assert relative_error(got, want) < TOLERANCE[dtype]
 
 
+SKETCH = Sketch(16, seed=3)
+
+
+def literal_sketch(g):
+    """Entry by entry into its place."""
+    out = np.zeros((5, S, SKETCH.size))
+    for path, x in g.items():
+        flat = x.reshape(5, S, -1)
+        place, sign = places(SKETCH, path, jnp.arange(flat.shape[-1]))
+        for entry, (p, s) in enumerate(zip(np.asarray(place), np.asarray(sign), strict=True)):
+            out[..., p] += s * flat[..., entry]
+    return out
+
+
 @pytest.mark.parametrize("way", DOORS)
 def test_norms_products_and_sums_are_those_of_the_gradients(way):
     with jax.enable_x64(True):
@@ -135,10 +150,10 @@ def test_norms_products_and_sums_are_those_of_the_gradients(way):
                 d.products_each(params, vectors, batch, KEY),
                 d.products(params, vectors, batch, KEY),
                 d.combine(params, weights, batch, KEY),
-                d.mapped(lambda path, x: 2 * x.sum(axis=-1), params, batch, KEY),
+                d.sketched(SKETCH, params, batch, KEY),
             )
 
-        squares, each, total, sums, doubled = measured(params)
+        squares, each, total, sums, sketches = measured(params)
         want_total = 0
         for n, x in g.items():
             np.testing.assert_allclose(squares[n], (x**2).reshape(5, S, -1).sum(-1), atol=1e-10)
@@ -146,8 +161,8 @@ def test_norms_products_and_sums_are_those_of_the_gradients(way):
             np.testing.assert_allclose(each[n], inner, atol=1e-10)
             want_total = want_total + inner
             np.testing.assert_allclose(sums[n], np.tensordot(weights[n], x, 2), atol=1e-10)
-            np.testing.assert_allclose(doubled[n], 2 * x.sum(axis=-1), atol=1e-10)
         np.testing.assert_allclose(total, want_total, atol=1e-10)
+        np.testing.assert_allclose(sketches, literal_sketch(g), atol=1e-5)  # signs are float32
 
 
 @given(
