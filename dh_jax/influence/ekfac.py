@@ -87,7 +87,7 @@ def ekfac(
         raise ConfigError(f"ekfac strategy {strategy!r}; take 'ekfac' or 'kfac'")
     door = tapped(objective, check_scope(scope))
     draw = label_source(objective, scope, labels, samples)
-    first_pass, second_pass = _passes(objective, scope, door.blocks)
+    first_pass, second_pass = passes(objective, scope, door.blocks)
     biases = bias_paths(objective, scope)
     uses = Counter(layer.weight for layer in tapped_paths(objective, scope).values())
 
@@ -135,7 +135,7 @@ def _add(total: Sums, more: Sums) -> Sums:
     return jax.tree.map(jnp.add, total, more)
 
 
-def _passes(
+def passes(
     objective: Objective, scope: Scope, blocks_of: Callable[[Params], Blocks]
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The compiled sums of one batch with given labels, a chunk of rows at a time."""

@@ -116,7 +116,8 @@ def gather_gradients(
     found: list[Blocks] = []
     for index, batch, batch_key in checked(data, scope, key):
         each = gradients(params, batch, batch_key)
-        size_BS = sum(jnp.square(g).sum(axis=range(2, g.ndim)) for g in each.values())
+        squares = (jnp.square(g).sum(axis=range(2, g.ndim)) for g in each.values())
+        size_BS = sum(squares, jnp.zeros(()))
         refuse_non_finite(index, "gradient", size_BS)
         there_BS = has_target(batch, scope)
         found.append({path: g[there_BS] for path, g in each.items()})

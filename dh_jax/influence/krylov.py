@@ -21,6 +21,9 @@ from dh_jax.influence.gradients import Blocks
 Map = Callable[[Blocks], Blocks]  # linear, of K stacked vectors
 
 
+ROUNDING = 1000  # times the type's epsilon: a unit vector less than this new is not new
+
+
 class Solution(NamedTuple):
     """An approximate solution of ``A x = b`` for K right-hand sides."""
 
@@ -135,26 +138,20 @@ def lanczos(apply: Map, start: Blocks, steps: int) -> Space:
 def extend(space: Space | None, directions: Blocks, apply: Map) -> Space | None:
     """The space with new directions in it; None if they add nothing to it."""
     new = directions
-    scale_K = _inner_each(new, new) ** 0.5
-    new = _scale(_quotient(jnp.ones_like(scale_K), scale_K), new)
-    if space is not None:
-        for _ in range(2):  # twice is enough (Giraud et al. 2005)
-            inner_KN = _inner(new, space.basis)
-            new = jax.tree.map(
-                lambda v, q: v - jnp.tensordot(inner_KN, q, axes=1, precision="highest"),  # noqa: B023
-                new,
-                space.basis,
-            )
-    # Among themselves by the eigenvectors of their Gram matrix; what is left of dependent ones
-    # is rounding, and dropped.
-    gram = np.asarray(_inner(new, new), np.float64)
-    values, turns = np.linalg.eigh((gram + gram.T) / 2)
-    floor = float(jnp.finfo(_dtype(new)).eps) ** 0.5
-    kept = values > floor
-    if not kept.any():
-        return None
-    weights = jnp.asarray((turns[:, kept] / np.sqrt(values[kept])).T, _dtype(new))
-    new = _mix(weights, new)
+    for _ in range(2):  # twice is enough (Giraud et al. 2005)
+        length_K = _inner_each(new, new) ** 0.5
+        new = _scale(_quotient(jnp.ones_like(length_K), length_K), new)
+        if space is not None:
+            new = _without(new, space.basis)
+        # Orthonormal among themselves by the eigenvectors of their Gram matrix. What is left of
+        # a dependent direction is rounding, and dropped.
+        gram = np.asarray(_inner(new, new), np.float64)
+        values, turns = np.linalg.eigh((gram + gram.T) / 2)
+        kept = values > (ROUNDING * float(jnp.finfo(_dtype(new)).eps)) ** 2
+        if not kept.any():
+            return None
+        weights = (turns[:, kept] / np.sqrt(values[kept])).T
+        new = _mix(jnp.asarray(weights, _dtype(new)), new)
     images = apply(new)
     if space is None:
         return Space(new, images)
@@ -199,6 +196,13 @@ def _mix(weights_KN: jax.Array, basis: Blocks) -> Blocks:
         lambda q: jnp.tensordot(weights_KN, q, axes=1, precision="highest"), basis
     )
     return mixed
+
+
+@jax.jit
+def _without(a: Blocks, basis: Blocks) -> Blocks:
+    inner_KN = _inner(a, basis)
+    apart: Blocks = jax.tree.map(lambda v, along: v - along, a, _mix(inner_KN, basis))
+    return apart
 
 
 @jax.jit

@@ -86,7 +86,7 @@ def check_scope(scope: Scope) -> Scope:
             f"influence scope: statistics in {scope.dtype} drown in rounding (8 bits of a sum "
             "of squares); take float32 or float64, whatever the model's dtype"
         )
-    if scope.dtype == "float64" and not jax.config.jax_enable_x64:
+    if scope.dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise ConfigError("influence scope: dtype float64 needs jax.config jax_enable_x64")
     return scope
 

@@ -155,12 +155,10 @@ def _shared(path: str, parts: list[Part]) -> Part:
             f"tensor {path!r} is tapped both as a table and as a kernel; tap one of them only"
         )
     if isinstance(first, Total):
-        return Total(sum((part[0] for part in parts[1:]), first.value_BTD))
-    met = jnp.concatenate(
-        [part[0] for part in parts], axis=-1 if first[0].ndim < first[1].ndim else -2
-    )
-    d = jnp.concatenate([part[1] for part in parts], axis=-2)
-    return type(first)(met, d)
+        return Total(sum((part[-1] for part in parts[1:]), first.value_BTD))
+    d = jnp.concatenate([part[-1] for part in parts], axis=-2)
+    axis = -1 if isinstance(first, Lookup) else -2  # of uses
+    return type(first)(jnp.concatenate([part[0] for part in parts], axis=axis), d)
 
 
 def _size(layer: TappedLayer, cotangent: jax.Array) -> jax.Array:

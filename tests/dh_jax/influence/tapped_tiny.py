@@ -9,7 +9,7 @@ from dh_jax.functions import TappedLayer
 from dh_jax.influence.objective import Objective
 from tests.dh_jax.influence import tiny
 
-VOCAB, WIDTH, INNER = tiny.VOCAB, 5, 7
+VOCAB, WIDTH, INNER = tiny.VOCAB, 5, 6
 SCOPED = r"^(?!head)"  # all that is tapped
 
 

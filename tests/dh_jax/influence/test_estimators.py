@@ -17,13 +17,19 @@ from dh_jax.influence.objective import Objective, Scope
 from dh_jax.influence.projection import projection
 from dh_jax.influence.sketch import Sketch, project
 from tests.dh_jax.influence import tapped_tiny, tiny
-from tests.dh_jax.influence.test_ekfac import S, T, cut, rows
+from tests.dh_jax.influence.test_ekfac import cut
 from tests.dh_jax.influence.test_per_document import lone_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore::dh_jax.influence.estimator.CoverageWarning")
 KEY = jax.random.PRNGKey(2)
-SCOPE = Scope("down|embed|norm", S, chunk=4, dtype="float64")
-TRAIN, PROBE, OTHER = range(3)
+T = 8
+SCOPE = Scope("down|embed|norm", chunk=4, dtype="float64")  # a row is a document, for speed
+
+
+def rows(seed, count):
+    rng = np.random.default_rng(seed)
+    documents = [[rng.integers(0, tiny.VOCAB, rng.integers(3, T + 1))] for _ in range(count)]
+    return documents, tiny.pack(documents, T)
 
 
 @functools.cache
@@ -31,15 +37,12 @@ def problem():
     """Parameters, batches, and lone-document gradients by tensor: (N, size) each."""
     with jax.enable_x64(True):
         params = tapped_tiny.make_params(KEY, jnp.float64)
-        sets = [rows(seed, count) for seed, count in ((0, 6), (1, 2), (2, 4))]
+        sets = [rows(seed, count) for seed, count in ((0, 8), (1, 4), (2, 8))]
         out = []
-        for documents, batch in sets:
-            there = tiny.target_counts(batch, S) > 0
+        for documents, _ in sets:
             blocks = lone_gradients(tapped_tiny.loss, params, documents, T)
-            chosen = {
-                n: g for n, g in blocks.items() if any(x in n for x in ("down", "embed", "norm"))
-            }
-            out.append({n: g[there].reshape(there.sum(), -1) for n, g in chosen.items()})
+            chosen = [n for n in blocks if any(x in n for x in ("down", "embed", "norm"))]
+            out.append({n: blocks[n][:, 0].reshape(len(documents), -1) for n in chosen})
         return params, [batch for _, batch in sets], out
 
 
@@ -52,8 +55,8 @@ def run(make, objective=tapped_tiny.TAPPED, params=None, **options):
         given, (train, probe, other), _ = problem()
         params = given if params is None else params
         estimator = make(objective, SCOPE, **options)
-        state = estimator.fit(params, cut(train, 2, 4), KEY)
-        return score(estimator, params, state, [probe], cut(other, 3, 1), KEY).values_KN
+        state = estimator.fit(params, cut(train, 4, 4), KEY)
+        return score(estimator, params, state, [probe], cut(other, 4, 4), KEY).values_KN
 
 
 def test_gradient_products_and_cosines():
@@ -142,9 +145,7 @@ def test_projected_scores_equal_the_formula_on_sketches(kernel):
         want = -unit[0] @ unit[1].T
     else:
         if kernel == "trak":
-            own = train.segment_ids_BT[..., None] == np.arange(1, S + 1)
-            counts = tiny.target_counts(train, S)
-            mean = (loss_BT[..., None] * own).sum(axis=1)[counts > 0] / counts[counts > 0]
+            mean = loss_BT.sum(axis=1) / train.loss_mask_BT.sum(axis=1)
             phi = phi / (1 - np.exp(-mean))[:, None]
         matrix = phi.T @ phi / len(phi)
         matrix += 0.1 * np.trace(matrix) / 64 * np.eye(64)
@@ -168,7 +169,7 @@ def test_any_loss_will_do_and_a_broken_document_is_named():
     params = tiny.sequence_params(KEY)
     params["embed"] = params["embed"].at[3].set(jnp.inf)
     fine, broken = (tiny.pack([[np.array(d)]], T) for d in ([1, 2, 4], [1, 3, 5]))
-    estimator = datainf(Objective(tiny.sequence_loss), Scope(max_segments=S))
+    estimator = datainf(Objective(tiny.sequence_loss), Scope())
     with pytest.raises(DataError, match=r"batch 1, row 0, document \(segment\) 1: gradient is"):
         estimator.fit(params, [fine, broken], KEY)
     state = estimator.fit(params, [fine], KEY)

@@ -17,8 +17,9 @@ from dh_jax.influence.gradients import select
 from dh_jax.influence.iterative import conjugate_gradient, lissa, low_rank
 from dh_jax.influence.krylov import block_krylov, conjugate_gradients, lanczos, ritz
 from dh_jax.influence.objective import Objective, Scope
-from tests.dh_jax.influence import tapped_tiny, tiny
-from tests.dh_jax.influence.test_ekfac import S, T, cut, rows
+from tests.dh_jax.influence import tapped_tiny
+from tests.dh_jax.influence.test_ekfac import cut
+from tests.dh_jax.influence.test_estimators import rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::dh_jax.influence.estimator.CoverageWarning")
 KEY = jax.random.PRNGKey(8)
@@ -68,7 +69,7 @@ def test_past_convergence_nothing_changes_and_nothing_is_nan(rank, dtype):
             assert np.isfinite(x).all() and np.isfinite(solution.residual_K).all()
             assert np.linalg.norm(x - want) < bounds[dtype] * np.linalg.norm(want)
             assert not x[2].any()
-        assert together.steps <= 31 and alone.steps == 200
+        assert together.steps <= 31 and alone.steps > 60  # 30 dimensions
 
 
 def test_a_block_needs_fewer_products_than_its_sides_alone():
@@ -108,7 +109,7 @@ def dense_problem():
     """The tapped tensors' Gauss-Newton matrix, and gradients, by plain differentiation."""
     with jax.enable_x64(True):
         params = tapped_tiny.make_params(KEY, jnp.float64)
-        batches = [rows(seed, count)[1] for seed, count in ((0, 6), (1, 2), (2, 4))]
+        batches = [rows(seed, count)[1] for seed, count in ((0, 8), (1, 4), (2, 8))]
         selection = select(params, "down|norm")
         flat, unravel = ravel_pytree(selection.blocks)
 
@@ -123,24 +124,18 @@ def dense_problem():
             G = jnp.einsum("btv,btvp,btvq,bt->pq", p, J, J, batch.loss_mask_BT)
             return G - jnp.einsum("btp,btq,bt->pq", mean, mean, batch.loss_mask_BT)
 
-        @jax.jit
-        def document_gradients(batch):
-            own = batch.segment_ids_BT[..., None] == jnp.arange(1, S + 1)
-            each = jax.jacfwd(losses)(flat, batch)
-            return jnp.einsum("btp,bts->bsp", each, own)
-
-        there = [tiny.target_counts(batch, S) > 0 for batch in batches]
-        g = [np.asarray(document_gradients(b))[t] for b, t in zip(batches, there, strict=True)]
-        return params, batches, np.asarray(curvature(batches[0])) / len(g[0]), g[1], g[2]
+        document_gradients = jax.jit(lambda batch: jax.jacfwd(losses)(flat, batch).sum(axis=1))
+        v, k = (np.asarray(document_gradients(batch)) for batch in batches[1:])
+        return params, batches, np.asarray(curvature(batches[0])) / 8, v, k
 
 
-SCOPE = Scope("down|norm", S, chunk=6, dtype="float64")
+SCOPE = Scope("down|norm", chunk=8, dtype="float64")  # a row is a document, for speed
 
 
 def fit_and_score(estimator, count=2):
     with jax.enable_x64(True):
         params, (train, probe, other), *_ = dense_problem()
-        state = estimator.fit(params, cut(train, *[6 // count] * count), KEY)
+        state = estimator.fit(params, cut(train, *[8 // count] * count), KEY)
         scores = score(estimator, params, state, [probe], [other], KEY)
         return state, scores.values_KN
 
@@ -198,13 +193,13 @@ def test_impossible_settings_are_refused():
         (low_rank, {"rank": 0}, "is 0; the least is 1"),
     ):
         with pytest.raises(ConfigError, match=message):
-            make(tapped_tiny.TAPPED, Scope("down", S), **options)
+            make(tapped_tiny.TAPPED, Scope("down"), **options)
     blind = Objective(tapped_tiny.loss)
     with pytest.raises(ConfigError, match="needs Objective"):
-        lissa(blind, Scope(max_segments=S))
+        lissa(blind, Scope())
     params = tapped_tiny.make_params(KEY)
     blank = rows(0, 2)[1]
     blank = blank._replace(loss_mask_BT=np.zeros_like(blank.loss_mask_BT))
     with pytest.raises(DataError, match=r"trace is 0.0; it must be finite and above 0"):
-        low_rank(tapped_tiny.PLAIN, Scope("down", S)).fit(params, [blank], KEY)
+        low_rank(tapped_tiny.PLAIN, Scope("down")).fit(params, [blank], KEY)
     assert blank.tokens_BT.shape[1] == T

@@ -46,9 +46,8 @@ def door(name, dtype="float32", reduction="sum", chunk=2):
     return functions._replace(gradients=jax.jit(functions.gradients))
 
 
-def lone_gradients(loss_fn, params, documents, length, reduction="sum"):
-    """Reverse-mode gradient of each document in a row of its own: blocks of (B, S, *shape)."""
-
+@functools.cache
+def lone_gradient(loss_fn, reduction):
     @jax.jit
     def gradient(params, batch):
         def total(params):
@@ -58,7 +57,13 @@ def lone_gradients(loss_fn, params, documents, length, reduction="sum"):
 
         return select(jax.grad(total)(params)).blocks
 
-    zero = {n: jnp.zeros_like(b) for n, b in select(params).blocks.items()}
+    return gradient
+
+
+def lone_gradients(loss_fn, params, documents, length, reduction="sum"):
+    """Reverse-mode gradient of each document in a row of its own: blocks of (B, S, *shape)."""
+    gradient = lone_gradient(loss_fn, reduction)
+    zero = {n: np.zeros_like(b) for n, b in select(params).blocks.items()}
     each = [
         [gradient(params, tiny.pack([[d]], length)) for d in row] + [zero] * (S - len(row))
         for row in documents
