@@ -14,7 +14,7 @@ from dh_jax.influence.newton import newton_step
 from dh_jax.influence.objective import Objective, Scope
 
 KEY = jax.random.PRNGKey(0)
-N, PROBES, CLASSES, WIDTH, RIDGE = 80, 20, 4, 6, 0.02
+N, PROBES, CLASSES, WIDTH, RIDGE = 160, 20, 4, 6, 0.02
 
 rng = np.random.default_rng(0)
 INPUTS = np.concatenate([rng.normal(size=(N + PROBES, WIDTH)), np.ones((N + PROBES, 1))], axis=1)
