@@ -1,7 +1,9 @@
 """EK-FAC and K-FAC against kronfluence (Grosse et al. 2023's code), given the same labels.
 
-The same model in torch: several tokens, padding, biases and one layer used twice. kronfluence
-knows no norms and no tables, so they are left out.
+The same model in torch: several tokens, padding and biases. kronfluence knows no norms and no
+tables, and its scores of a layer used twice are not those of the layer's gradient (93 % off in
+the identity strategy, where there is no curvature to differ by), so these are left out here;
+`test_ekfac` has them by the literal formula.
 """
 
 from __future__ import annotations
@@ -116,9 +118,7 @@ def kronfluence_scores(folder, params, train, probe, strategy, modules):
 def test_scores_agree(strategy, tmp_path):
     params = tapped_tiny.make_params(KEY)
     train, probe = lone_rows(0, 12), lone_rows(1, 4)
-    modules, scope = ["ups.0", "ups.1", "down"], Scope("up|down")
-    if strategy == "kfac":  # a token's share differs for shared layers, see below
-        modules, scope = modules[:2], Scope("up")
+    modules, scope = ["ups.0", "ups.1"], Scope("up")
     if strategy == "identity":
         estimator = gradient_dot(tapped_tiny.TAPPED, scope)
     else:
