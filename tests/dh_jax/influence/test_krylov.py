@@ -160,6 +160,7 @@ def test_conjugate_gradients_solve_the_damped_gauss_newton_system(helped, block)
     assert 0.5 < float(state.shift) / (0.1 * trace / size) < 2  # an estimate of the stated rule
 
 
+@pytest.mark.slow
 def test_low_rank_is_close_where_the_spectrum_falls():
     with jax.enable_x64(True):
         estimator = low_rank(tapped_tiny.TAPPED, SCOPE, rank=20)
