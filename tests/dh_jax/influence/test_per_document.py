@@ -144,7 +144,7 @@ def test_norms_products_and_sums_are_those_of_the_gradients(way):
         del g["head/kernel"]
         rng = np.random.default_rng(3)
         K = 2 if way == "plain" else 6  # few vectors go by tokens, many by documents
-        vectors = {n: rng.normal(size=(K, *x.shape[2:])) for n, x in g.items()}
+        vectors = {n: jnp.asarray(rng.normal(size=(K, *x.shape[2:]))) for n, x in g.items()}
         weights = {n: rng.normal(size=(K, *x.shape[:2])) for n, x in g.items()}
         d = door(way, "float64")
 
