@@ -28,19 +28,21 @@ def to_chunks(batch: Batch, most: int) -> Batch:
     row is repeated with nothing to learn.
     """
     rows = batch.tokens_BT.shape[0]
-    steps = steps_of(rows, most)
-    size = -(-rows // steps)
-    extra = steps * size - rows
-
-    def split(x: jax.Array) -> jax.Array:
-        x = jnp.asarray(x)
-        padded = jnp.concatenate([x, jnp.repeat(x[-1:], extra, axis=0)]) if extra else x
-        return padded.reshape(size, steps, *x.shape[1:]).swapaxes(0, 1)
-
-    chunks: Batch = jax.tree.map(split, batch)
-    row_NC = jnp.arange(steps * size).reshape(size, steps).T
+    chunks: Batch = jax.tree.map(lambda x: in_chunks(x, most), batch)
+    steps, size = chunks.tokens_BT.shape[:2]
+    row_NC = jnp.arange(steps * size).reshape(size, steps).T  # from `rows` on: repeats
     mask = chunks.loss_mask_BT & (row_NC < rows)[..., None]
     return chunks._replace(loss_mask_BT=mask)
+
+
+def in_chunks(x: jax.Array, most: int) -> jax.Array:
+    """One (B, ...) array as (N, C, ...), in the order of `to_chunks`."""
+    x = jnp.asarray(x)
+    steps = steps_of(x.shape[0], most)
+    size = -(-x.shape[0] // steps)
+    extra = steps * size - x.shape[0]
+    padded = jnp.concatenate([x, jnp.repeat(x[-1:], extra, axis=0)]) if extra else x
+    return padded.reshape(size, steps, *x.shape[1:]).swapaxes(0, 1)
 
 
 def from_chunks(tree: Tree, rows: int) -> Tree:

@@ -147,6 +147,11 @@ def along(
     return tangent_BT
 
 
+def wide(blocks: Blocks) -> jnp.dtype:
+    """The type to compute in: the widest of the blocks, at least float32."""
+    return jnp.result_type(jnp.float32, *(block.dtype for block in blocks.values()))
+
+
 def zeros_wide(blocks: Blocks) -> Blocks:
     """Zeros to accumulate in: as the blocks, but at least float32."""
     return {

@@ -32,7 +32,7 @@ def cross_entropy(logits_BTV, batch):
     return jnp.where(batch.loss_mask_BT, nats, 0)
 
 
-def sequence_loss(params, batch, key):
+def sequence_logits(params, batch):
     """Next token from its own embedding and the mean of its document so far."""
     x = params["embed"][batch.tokens_BT]
     ids, t = batch.segment_ids_BT, jnp.arange(batch.tokens_BT.shape[1])
@@ -40,7 +40,11 @@ def sequence_loss(params, batch, key):
     share = seen / seen.sum(axis=-1, keepdims=True)
     past = jnp.einsum("bts,bsd->btd", share.astype(x.dtype), x)
     h = x + jnp.tanh(past @ params["mix"]["kernel"])
-    return cross_entropy(h @ params["head"]["kernel"] + params["head"]["bias"], batch)
+    return h @ params["head"]["kernel"] + params["head"]["bias"]
+
+
+def sequence_loss(params, batch, key):
+    return cross_entropy(sequence_logits(params, batch), batch)
 
 
 def mlp_params(key, dtype=jnp.float32):
@@ -83,3 +87,9 @@ def random_rows(rng, rows, length):
         edges = [0, *cuts, length - int(rng.integers(0, 2))]
         out.append([rng.integers(0, VOCAB, b - a) for a, b in itertools.pairwise(edges)])
     return out
+
+
+def target_counts(batch, max_segments):
+    """(B, S) valid targets of each document, by NumPy."""
+    own = batch.segment_ids_BT[..., None] == np.arange(1, max_segments + 1)
+    return (own & batch.loss_mask_BT[..., None]).sum(axis=1)
