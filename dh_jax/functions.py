@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import jax
@@ -26,6 +26,44 @@ class LogitsFn(Protocol):
     """A model seen from outside: ``(params, batch) -> logits_BTV`` in float32."""
 
     def __call__(self, params: Params, batch: Batch) -> jax.Array: ...
+
+
+class TappedLayer(NamedTuple):
+    """One parametrised operation of a model, as a `TappedLossFn` sees it.
+
+    ==========  ====================================  =======================
+    kind        activation: what met the weight       tap and cotangent
+    ==========  ====================================  =======================
+    linear      ``[B, T, I]``                         ``[B, T, O]``
+    embedding   int32 ids, ``[B, T]``                 ``[B, T, D]``
+    norm        the normalised input, ``[B, T, D]``   ``[B, T, D]``
+    ==========  ====================================  =======================
+
+    A norm of heads has ``[B, T, H, h]`` for ``[B, T, D]``, and a scale of ``[h]``. Summed over
+    tokens, the gradient of a kernel ``[I, O]`` is the outer product of activation and cotangent,
+    that of a bias the cotangent, that of a scale the elementwise product; a table's rows gather
+    the cotangents of their ids.
+    """
+
+    kind: str
+    weight: str  # path of the kernel, the table or the scale
+    bias: str | None = None  # path of a linear operation's bias, if it has one
+    layers: int | None = None  # L where layers are scanned: all arrays begin with an axis of L
+
+
+class TappedLossFn(Protocol):
+    """A loss seen through its layers: ``(params, taps, batch, key) -> (loss_BT, activations)``.
+
+    ``taps`` are zeros by the names of operations (paths of modules, ``layers/0/attention/query``);
+    each is added to its operation's output, so the gradient with respect to it is the cotangent
+    there. ``activations`` holds what met each weight, by the same names. Only the names in
+    ``taps`` are tapped, and nothing is kept for the others. A head's logits are never tapped: a
+    tap would be a ``[B, T, V]`` table.
+    """
+
+    def __call__(
+        self, params: Params, taps: dict[str, jax.Array], batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]: ...
 
 
 def masked_mean(loss_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
