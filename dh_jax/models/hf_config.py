@@ -134,7 +134,11 @@ def to_hf(config: ModelConfig, vocab_size: int, dtype: str = "float32") -> dict[
         "max_position_embeddings": config.max_positions or 2048,
         "rms_norm_eps": config.norm_epsilon,
         # Both spellings: rope_parameters is transformers 5's, the other two those before it.
-        "rope_parameters": {**config.rope_scaling, "rope_type": kind, "rope_theta": config.rope_theta},
+        "rope_parameters": {
+            **config.rope_scaling,
+            "rope_type": kind,
+            "rope_theta": config.rope_theta,
+        },
         "rope_theta": config.rope_theta,
         "rope_scaling": config.rope_scaling or None,
         "tie_word_embeddings": config.tied,
