@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,6 @@ from dh_jax.config import (
     TrainingConfig,
     load_data_config,
     public_run,
-    validate_model,
     weights_of,
 )
 from dh_jax.data.loader import Loader
@@ -37,11 +37,12 @@ from dh_jax.distributed.checkpoint import Checkpoints
 from dh_jax.distributed.mesh import make_mesh, param_shardings, replicate, to_device
 from dh_jax.errors import ConfigError, DataError
 from dh_jax.evaluate import make_evaluation
-from dh_jax.functions import LossFn, Params, masked_mean
+from dh_jax.functions import LossFn, Params, as_argument, masked_mean
 from dh_jax.influence.calculator import DataInfCalculator
 from dh_jax.influence.optimizer import InfluenceAwareOptimizer, InfluenceState, Reweighting
 from dh_jax.mixing.registry import make_policy
 from dh_jax.models import decoder
+from dh_jax.models.start import resolve, start
 from dh_jax.ranking import rank_documents
 from dh_jax.runconfig import check_training, refuse_other_config, save_config, training_loader
 from dh_jax.runlog import Listener, RunLog
@@ -68,7 +69,7 @@ def make_step(loss_fn: LossFn, optimizer: InfluenceAwareOptimizer, source_count:
     """One optimizer step, jitted; parameters and optimizer state are donated."""
 
     def step(
-        params: Params, state: InfluenceState, batch: Batch, key: jax.Array
+        loss_fn: LossFn, params: Params, state: InfluenceState, batch: Batch, key: jax.Array
     ) -> tuple[Params, InfluenceState, StepMetrics]:
         def objective(params: Params) -> tuple[jax.Array, jax.Array]:
             loss_BT = loss_fn(params, batch, key)
@@ -82,7 +83,7 @@ def make_step(loss_fn: LossFn, optimizer: InfluenceAwareOptimizer, source_count:
         metrics = StepMetrics(loss, optax.tree.norm(grads), loss_M, targets_M)
         return optax.apply_updates(params, updates), state, metrics
 
-    return jax.jit(step, donate_argnums=(0, 1))
+    return partial(jax.jit(step, donate_argnums=(1, 2)), as_argument(loss_fn))
 
 
 def make_schedule(training: TrainingConfig) -> optax.Schedule:
@@ -133,8 +134,8 @@ def check(config: RunConfig) -> RunConfig:
         ConfigError: names the value, the limit and the cure.
     """
     check_training(config.training)
-    validate_model(config.model)
-    return dataclasses.replace(config, data=load_data_config(config.data))
+    model = resolve(config.model)
+    return dataclasses.replace(config, data=load_data_config(config.data), model=model)
 
 
 def open_run(config: RunConfig, closing: ExitStack) -> Run:
@@ -152,15 +153,8 @@ def open_run(config: RunConfig, closing: ExitStack) -> Run:
         samplers = Samplers(data, config.influence, tokenizer, mesh, seed=seed)
         closing.enter_context(samplers)
     key = jax.random.key(seed)
-    vocab_size = config.model.vocab_size or tokenizer.vocab_size
-    if vocab_size < tokenizer.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size {vocab_size} is below the tokenizer's {tokenizer.vocab_size}; "
-            "set model.vocab_size=null to take the tokenizer's"
-        )
-    graph, params = decoder.build(config.model, vocab_size, key)
-    params = jax.device_put(params, param_shardings(params, mesh))
-    loss_fn = decoder.loss_fn(graph)
+    model = start(config.model, tokenizer.vocab_size, key, lambda p: param_shardings(p, mesh))
+    params, loss_fn = model.params, model.loss_fn
     calculator = DataInfCalculator(
         loss_fn, damping=config.influence.damping, parameters=config.influence.parameters
     )

@@ -265,6 +265,11 @@ def write_folder(
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} already exists; choose another folder, or remove it")
+    if tokenizer is not None and tokenizer.vocab_size > values["vocab_size"]:
+        raise ConfigError(
+            f"the embedding has {values['vocab_size']} rows, fewer than the tokenizer's "
+            f"{tokenizer.vocab_size} tokens; give the model's own tokenizer"
+        )
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     partial.mkdir(parents=True)
@@ -301,6 +306,7 @@ def _shards(
 def _save_shard(folder: Path, number: int, shard: dict[str, np.ndarray]) -> tuple[Path, Any]:
     path = folder / f"{number}.safetensors"
     save_file(shard, path, metadata={"format": "pt"})  # without it transformers refuses the file
+    path.chmod(0o644)  # safetensors makes files that their owner alone may read
     return path, {name: array.nbytes for name, array in shard.items()}
 
 

@@ -24,9 +24,9 @@ FAMILIES = {
 }
 
 
-def build(config: ModelConfig, seed: int = 7) -> tuple[decoder.Graph, Any]:
+def build(config: ModelConfig, seed: int = 7, vocab_size: int = V) -> tuple[decoder.Graph, Any]:
     """A model whose scales and biases are drawn too, so that one in the wrong place shows."""
-    graph, params = decoder.build(config, V, jax.random.key(seed))
+    graph, params = decoder.build(config, vocab_size, jax.random.key(seed))
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(seed)
     drawn = [

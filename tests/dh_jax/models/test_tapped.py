@@ -64,7 +64,9 @@ def test_activations_and_cotangents_make_up_the_gradient(case: str) -> None:
         return loss_BT.sum(), (loss_BT, activations, plain(params, batch, KEY))
 
     both = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))
-    (wanted, cotangents), (loss_BT, activations, plain_BT) = both(params, zero_taps(graph, params, batch))
+    (wanted, cotangents), (loss_BT, activations, plain_BT) = both(
+        params, zero_taps(graph, params, batch)
+    )
     np.testing.assert_allclose(loss_BT, plain_BT, rtol=1e-5, atol=1e-6)
     layers = tapped_layers(graph, params)
     assert layers.keys() == cotangents.keys() == activations.keys()
