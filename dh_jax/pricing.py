@@ -85,7 +85,7 @@ def _step_bytes(config: RunConfig, vocab_size: int, params: Params) -> int:
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = jax.eval_shape(optimizer.init, params)
     step: Any = make_step(decoder.loss_fn(graph), optimizer, len(config.data.sources))
-    memory = step.lower(params, state, batch, key).compile().memory_analysis()
+    memory = step.func.lower(*step.args, params, state, batch, key).compile().memory_analysis()
     return int(
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes

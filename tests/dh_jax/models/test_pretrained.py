@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dh_jax.config import ModelConfig
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.errors import ConfigError, DataError
 from dh_jax.models import decoder
@@ -159,7 +160,7 @@ def test_what_cannot_be_computed_or_is_damaged_is_refused_in_one_line(tmp_path: 
     refused(DataError, r"k_proj.weight is \[8, 24\], but", head_dim=8)
     refused(DataError, "9 tensors that its config.json", num_hidden_layers=1)
     refused(DataError, r"no tensor 'model.layers.2\.", num_hidden_layers=3)
-    refused(DataError, r"no tensor 'model.layers.0.self_attn.q_norm", model_type="qwen3")
+    refused(DataError, r"no tensor 'model.layers.0.self_attn.k_norm", model_type="qwen3")
     (tmp_path / "good/config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="already exists"):
         save_pretrained(tmp_path / "good", LLAMA, params)
