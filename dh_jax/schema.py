@@ -211,10 +211,24 @@ class DataConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters, which alone are trained where ``rank`` is not 0."""
+
+    rank: int = 0
+    alpha: float = 16.0  # the adapters' product is scaled by alpha / rank
+    targets: str = "attention/(query|value)$"  # regular expression over paths of linear layers
+
+
+@dataclass
 class ModelConfig:
-    """Shape of a Llama-family decoder. Sizes in elements."""
+    """A decoder of the Llama, Qwen2 or Qwen3 families. Sizes in elements.
+
+    With ``pretrained`` the shape (down to ``tied``) is that of the folder's config.json; only
+    what follows it is still to be chosen.
+    """
 
     name: str = ""
+    pretrained: str | None = None  # a Hugging Face folder or hub name to start from
     vocab_size: int | None = None  # None: the tokenizer's
     width: int = 128
     layers: int = 4
@@ -222,11 +236,20 @@ class ModelConfig:
     kv_heads: int = 2
     head_width: int | None = None  # None: width // heads
     mlp_width: int = 384
+    qkv_bias: bool = False  # Qwen2's
+    qk_norm: bool = False  # Qwen3's: queries and keys are normalised head by head
     rope_theta: float = 10_000.0
+    rope_scaling: dict[str, Any] = field(default_factory=dict)  # as config.json has it
+    max_positions: int | None = None  # tokens of a document the model was made for
     norm_epsilon: float = 1e-5
     tied: bool = True
     init_scale: float = 0.02
     dtype: str = "float32"  # of activations; parameters stay float32
+    attention: str = "xla"  # the kernel; no other yet
+    remat: str = "none"  # or what a layer's backward finds saved: a policy of jax.checkpoint
+    scan_layers: bool = False  # parameters stacked over layers: compiles in the time of one
+    linear: str = "dense"  # or ternary: weights -1, 0, 1 and 8-bit activations (BitNet b1.58)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass

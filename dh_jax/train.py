@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,6 @@ from dh_jax.config import (
     TrainingConfig,
     load_data_config,
     public_run,
-    validate_model,
     weights_of,
 )
 from dh_jax.data.loader import Loader
@@ -38,7 +38,6 @@ from dh_jax.distributed.checkpoint import Checkpoints
 from dh_jax.distributed.mesh import (
     loader_shard,
     make_mesh,
-    place,
     replicate,
     row_ways,
     to_device,
@@ -47,12 +46,13 @@ from dh_jax.distributed.placement import check_heads, on_mesh, param_shardings, 
 from dh_jax.distributed.processes import join
 from dh_jax.errors import ConfigError, DataError
 from dh_jax.evaluate import make_evaluation
-from dh_jax.functions import LossFn, Params, masked_mean
+from dh_jax.functions import LossFn, Params, as_argument, masked_mean
 from dh_jax.influence.calculator import DataInfCalculator
 from dh_jax.influence.optimizer import InfluenceAwareOptimizer, InfluenceState
 from dh_jax.mixing.policy import SAMPLED
 from dh_jax.mixing.registry import SIZED, make_policy
 from dh_jax.models import decoder
+from dh_jax.models.start import resolve, start
 from dh_jax.ranking import rank_documents
 from dh_jax.records import StepMetrics, train_record
 from dh_jax.runconfig import (
@@ -88,7 +88,7 @@ def make_step(
     """
 
     def step(
-        params: Params, state: InfluenceState, batch: Batch, key: jax.Array
+        loss_fn: LossFn, params: Params, state: InfluenceState, batch: Batch, key: jax.Array
     ) -> tuple[Params, InfluenceState, StepMetrics]:
         def objective(params: Params) -> tuple[jax.Array, jax.Array]:
             loss_BT = loss_fn(params, batch, key)
@@ -103,7 +103,9 @@ def make_step(
         state = optimizer.observe(state, loss_M, targets_M)
         return optax.apply_updates(params, updates), state, metrics
 
-    return jax.jit(step, donate_argnums=(0, 1), out_shardings=shardings)
+    return partial(
+        jax.jit(step, donate_argnums=(1, 2), out_shardings=shardings), as_argument(loss_fn)
+    )
 
 
 def make_schedule(training: TrainingConfig) -> optax.Schedule:
@@ -154,10 +156,9 @@ def check(config: RunConfig) -> RunConfig:
         ConfigError: names the value, the limit and the cure.
     """
     check_training(config.training)
-    validate_model(config.model)
     data = load_data_config(config.data)
     mixing = resolve_reference(config.mixing, list(data.sources))
-    return dataclasses.replace(config, data=data, mixing=mixing)
+    return dataclasses.replace(config, data=data, mixing=mixing, model=resolve(config.model))
 
 
 def open_run(config: RunConfig, closing: ExitStack) -> Run:
@@ -175,18 +176,13 @@ def open_run(config: RunConfig, closing: ExitStack) -> Run:
         samplers = Samplers(data, config.influence, tokenizer, mesh, seed=seed)
         closing.enter_context(samplers)
     key = jax.random.key(seed)
-    vocab_size = config.model.vocab_size or tokenizer.vocab_size
-    if vocab_size < tokenizer.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size {vocab_size} is below the tokenizer's {tokenizer.vocab_size}; "
-            "set model.vocab_size=null to take the tokenizer's"
-        )
-    graph, params = decoder.build(config.model, vocab_size, key)
-    warn_unsplit(params, mesh)
-    params = place(params, param_shardings(params, mesh))
     # A chunk of targets is cut from all rows, so it is as many times longer as rows are split.
     chunk = decoder.LOSS_CHUNK * row_ways(mesh)
-    loss_fn = on_mesh(decoder.loss_fn(graph, chunk), mesh)
+    model = start(
+        config.model, tokenizer.vocab_size, key, lambda p: param_shardings(p, mesh), chunk
+    )
+    params, loss_fn = model.params, on_mesh(model.loss_fn, mesh)
+    warn_unsplit(params, mesh)
     calculator = DataInfCalculator(
         loss_fn, damping=config.influence.damping, parameters=config.influence.parameters
     )

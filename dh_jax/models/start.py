@@ -1,0 +1,95 @@
+"""Where a run's model comes from: drawn, or read from a folder; all of it trained, or adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+
+from dh_jax.config import ModelConfig, validate_model
+from dh_jax.distributed.mesh import place
+from dh_jax.errors import ConfigError
+from dh_jax.models import decoder, lora
+from dh_jax.models.decoder import Graph, Params
+from dh_jax.models.hf_config import SHAPE
+from dh_jax.models.pretrained import find_folder, load_pretrained, read_config
+
+if TYPE_CHECKING:
+    from dh_jax.functions import LossFn
+
+
+class Started(NamedTuple):
+    """A model at the beginning of a run."""
+
+    graph: Graph
+    params: Params  # what is trained: everything, or the adapters
+    loss_fn: LossFn  # of these params
+    frozen: Params | None  # the base beside adapters
+
+
+def resolve(config: ModelConfig) -> ModelConfig:
+    """A model config that says its shape, also where it starts from a folder.
+
+    Raises:
+        ConfigError: the config describes no decoder, there is no such folder, or a size is
+            given that contradicts it.
+    """
+    validate_model(config)
+    if config.pretrained is None:
+        return config
+    found = read_config(find_folder(config.pretrained), config)
+    plain = ModelConfig()
+    for name in SHAPE:
+        given = getattr(config, name)
+        if given not in (getattr(plain, name), getattr(found, name)):
+            raise ConfigError(
+                f"model.{name} is {given!r}, but {config.pretrained} has "
+                f"{getattr(found, name)!r}; leave it out"
+            )
+    validate_model(found)
+    return found
+
+
+def start(
+    config: ModelConfig,
+    vocab_size: int,
+    key: jax.Array,
+    shardings: Callable[[Params], Params] | None = None,
+    chunk: int = decoder.LOSS_CHUNK,
+) -> Started:
+    """The model that a run begins with.
+
+    Args:
+        config: from `resolve`.
+        vocab_size: of the tokenizer; a model without ``vocab_size`` takes it.
+        key: draws what is not read.
+        shardings: from shapes of parameters to their places; None: the default device.
+        chunk: as in `decoder.loss_fn`.
+
+    Raises:
+        ConfigError: the model's vocabulary is smaller than the tokenizer's, or as
+            `load_pretrained` and `lora.adapt`.
+    """
+    rows = config.vocab_size or vocab_size
+    if rows < vocab_size:
+        raise ConfigError(
+            f"model.vocab_size {rows} is below the tokenizer's {vocab_size}; "
+            "set model.vocab_size=null to take the tokenizer's"
+        )
+    if config.pretrained is not None:
+        graph, params, _, _ = load_pretrained(config.pretrained, config, shardings=shardings)
+    else:
+        graph, params = decoder.build(config, rows, key)
+        params = _place(params, shardings)
+    if not config.lora.rank:
+        return Started(graph, params, decoder.loss_fn(graph, chunk), None)
+    graph, adapters = lora.adapt(graph, params, config.lora, jax.random.fold_in(key, 1))
+    # Kernels are rounded to the activations' type where they are used; frozen ones can stay so.
+    frozen = jax.tree.map(lambda x: x.astype(config.dtype) if x.ndim > 1 else x, params)
+    adapters = _place(adapters, shardings)
+    return Started(graph, adapters, lora.loss_fn(graph, frozen, chunk), frozen)
+
+
+def _place(params: Params, shardings: Callable[[Params], Params] | None) -> Any:
+    return params if shardings is None else place(params, shardings(params))

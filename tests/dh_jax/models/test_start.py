@@ -1,0 +1,34 @@
+"""A run that starts from a folder and trains adapters alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dh_jax.config import LoraConfig, ModelConfig, RunConfig, TrainingConfig
+from dh_jax.models.pretrained import save_pretrained
+from dh_jax.train import train
+from tests.dh_jax.models.model_cases import build
+
+SHAPE = ModelConfig(width=16, layers=1, heads=2, kv_heads=1, mlp_width=16)
+
+
+def test_adapters_train_beside_a_pretrained_base(
+    make_config: Any, store: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    _, params = build(SHAPE, vocab_size=tokenizer.vocab_size)
+    save_pretrained(tmp_path / "base", SHAPE, params, tokenizer)
+    config = RunConfig(
+        data=make_config(store=str(store)),
+        model=ModelConfig(pretrained=str(tmp_path / "base"), lora=LoraConfig(rank=4, targets=".")),
+        training=TrainingConfig(
+            steps=12, batch_size=4, eval_rows=4, learning_rate=0.03, warmup=1, eval_interval=12
+        ),
+        out=str(tmp_path / "run"),
+    )
+    facts = train(config)
+    assert facts["parameters"] < 4 * 7 * (16 + 16) * 2  # adapters alone
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    evals = [r["domains"] for r in map(json.loads, lines) if r["kind"] == "eval"]
+    assert all(evals[-1][name]["loss"] < evals[0][name]["loss"] for name in evals[0])
