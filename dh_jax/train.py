@@ -8,7 +8,6 @@ continues with the same bits.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
@@ -69,10 +68,8 @@ from dh_jax.sampling import Samplers
 from dh_jax.signals import stop_signals
 from dh_jax.steering import by_source, move_weights
 
-TrainStep = Callable[
-    [Params, InfluenceState, Batch, jax.Array],
-    tuple[Params, InfluenceState, StepMetrics],
-]
+# (params, state, batch, key) -> (params, state, metrics); the loss is bound as its first argument.
+TrainStep = partial[tuple[Params, InfluenceState, StepMetrics]]
 
 
 def make_step(

@@ -188,7 +188,11 @@ def carry(before: Window, left: str, window: Window | None) -> Window:
         )
     shards, first = before.shards, 0
     if window is None:
-        window = Window(shards, *(column[:0] for column in before[1:5]), before.seed)
+        none = slice(0)
+        window = Window(
+            shards, before.shards_D[none], before.starts_D[none], before.lengths_D[none],
+            before.ids_D[none], before.seed,
+        )  # fmt: skip
     elif window.shards is not before.shards:  # each window of a stream has its own
         shards, first = Shards([*before.shards.shards, *window.shards.shards]), len(before.shards)
     return Window(

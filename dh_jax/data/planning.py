@@ -93,7 +93,9 @@ def plan_rows(
             rows, (stays, fill) = others, other
     count = int(np.count_nonzero(stays))
     order = np.arange(count) if seed is None else permuted(0, count, count, seed)
-    return Plan(*_by_row(documents, offsets, sizes, rows, stays, order), truncated)
+    placed = _by_row(documents, offsets, sizes, rows, stays, order)
+    documents, offsets, sizes, splits, left = placed
+    return Plan(documents, offsets, sizes, splits, left, truncated)
 
 
 @numba.njit(cache=True, nogil=True)

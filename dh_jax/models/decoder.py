@@ -78,6 +78,7 @@ class Decoder(nnx.Module):
             vocab_size, config.width, dtype=config.dtype, embedding_init=normal, rngs=rngs
         )
         self.scanned = config.scan_layers
+        self.layers: Any
         if config.scan_layers:  # the plan of one; its parameters are those of all, stacked
             self.layers = Block(config, rngs=rngs)
         else:

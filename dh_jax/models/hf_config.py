@@ -55,7 +55,7 @@ def from_hf(values: Mapping[str, Any], base: ModelConfig | None = None) -> Model
     if missing:
         raise ConfigError(f"config.json lacks {missing[0]!r}; a {family} model needs it")
     _refuse(values, family)
-    sizes = {field: int(values[key]) for field, key in _SIZES.items()}
+    sizes: dict[str, Any] = {field: int(values[key]) for field, key in _SIZES.items()}
     rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
     kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
     rope.pop("type", None)

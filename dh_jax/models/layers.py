@@ -42,6 +42,9 @@ class Linear(nnx.Module):
         bias: whether there is one; it starts at 0.
     """
 
+    lora_a: nnx.Param[Array]  # [I, R]
+    lora_b: nnx.Param[Array]  # [R, O]
+
     def __init__(
         self,
         config: ModelConfig,

@@ -200,7 +200,7 @@ def _read(
                 f"{list(wanted[::-1] if transposed else wanted)}"
             )
 
-    def part_of(index: tuple[slice, ...]) -> np.ndarray:
+    def part_of(index: Any) -> np.ndarray:  # a slice for each dimension
         inner = index[1:] if stacked else index
         chosen = slices[index[0]] if stacked else slices
         inner = inner[::-1] if transposed else inner

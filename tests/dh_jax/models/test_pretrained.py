@@ -207,6 +207,7 @@ def compare_real_logits(folder: Path, count: int, characters: int) -> None:
     np.testing.assert_array_equal(ours.argmax(-1)[clear], wanted.argmax(-1)[clear])
 
 
+@pytest.mark.slow
 def test_logits_of_smollm2_equal_those_of_transformers(smollm2_folder: Path) -> None:
     compare_real_logits(smollm2_folder, 200, 4_000)
 
