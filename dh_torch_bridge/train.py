@@ -33,10 +33,24 @@ from dh_torch_bridge.data import IGNORED, TorchBatch, document_mask, get_loader
 from dh_torch_bridge.distributed.fsdp2 import distribute
 from dh_torch_bridge.distributed.mesh import data_shard, make_mesh, pick_device, sum_over_data
 
+# Of a model config: what a plain Llama has not.
+JAX_ONLY = ("pretrained", "qkv_bias", "qk_norm", "rope_scaling", "linear", "lora")
+
 
 def build_llama(config: ModelConfig, vocab_size: int) -> LlamaForCausalLM:
-    """Hugging Face's Llama in the shape of a model config, drawn from torch's global seed."""
+    """Hugging Face's Llama in the shape of a model config, drawn from torch's global seed.
+
+    Raises:
+        ConfigError: the config describes no decoder, or asks for what only the JAX side has.
+    """
     validate_model(config)
+    plain = ModelConfig()
+    for key in JAX_ONLY:
+        if (value := getattr(config, key)) != getattr(plain, key):
+            raise ConfigError(
+                f"model.{key} is {value!r}; this trainer makes a plain Llama, so leave it out "
+                "(`dh train` knows it)"
+            )
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocab_size,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 
 from dh_jax.batch import Batch
 from dh_jax.errors import ConfigError, DataError
-from dh_jax.functions import LossFn, Params
+from dh_jax.functions import LossFn, Params, as_argument
 from dh_jax.influence import datainf
 from dh_jax.influence.datainf import DataInfState
 from dh_jax.influence.gradients import Blocks, select
@@ -58,15 +60,17 @@ class DataInfCalculator:
             raise ConfigError(f"chunk is {chunk} rows; the least is 1")
         self.loss_fn = loss_fn
         self.settings = datainf.Settings(damping, parameters, chunk, max_bytes)
-        both = (loss_fn, self.settings)
-        self._fit = jax.jit(partial(datainf.fit, *both))
-        self._precondition = jax.jit(partial(datainf.precondition, *both))
-        self._probe_gradient = jax.jit(partial(datainf.probe_gradient, *both))
-        self._score_fitted = jax.jit(partial(datainf.score_fitted, *both))
-        self._score_rows = jax.jit(partial(datainf.score_rows, *both))
-        self._score_documents = jax.jit(
-            partial(datainf.score_documents, *both), static_argnames="max_segments"
-        )
+        bound = as_argument(loss_fn), self.settings  # settings choose the program
+
+        def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+            return partial(jax.jit(function, static_argnums=1, **options), *bound)
+
+        self._fit = compiled(datainf.fit)
+        self._precondition = compiled(datainf.precondition)
+        self._probe_gradient = compiled(datainf.probe_gradient)
+        self._score_fitted = compiled(datainf.score_fitted)
+        self._score_rows = compiled(datainf.score_rows)
+        self._score_documents = compiled(datainf.score_documents, static_argnames="max_segments")
 
     def coverage(self, params: Params) -> float:
         """Selected parameters as a share of all, counted in entries."""
@@ -81,7 +85,8 @@ class DataInfCalculator:
 
     def precondition(self, state: DataInfState, v: Blocks) -> Blocks:
         """``q``, by path: the swapped inverse applied to the probe gradient ``v``."""
-        return self._precondition(state, v)
+        q: Blocks = self._precondition(state, v)
+        return q
 
     def probe_gradient(self, params: Params, batch: Batch, key: jax.Array) -> Blocks:
         """``v``, by path: gradient of the mean over probe rows of each row's mean loss."""

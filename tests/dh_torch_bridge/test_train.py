@@ -21,6 +21,7 @@ torch = pytest.importorskip("torch")
 
 from dh_jax.config import ModelConfig, TrainingConfig, list_configs, typed  # noqa: E402
 from dh_jax.config import config_folder as folder_of_configs  # noqa: E402
+from dh_jax.errors import ConfigError  # noqa: E402
 from dh_jax.models import decoder  # noqa: E402
 from dh_jax.train import make_schedule  # noqa: E402
 from dh_torch_bridge.data import IGNORED, get_loader  # noqa: E402
@@ -99,6 +100,12 @@ def test_every_model_config_has_as_many_parameters_as_in_jax(name: str) -> None:
     with torch.device("meta"):
         ours = sum(p.numel() for p in build_llama(config, vocab_size).parameters())
     assert ours == decoder.count_parameters(decoder.abstract_params(config, vocab_size))
+
+
+@pytest.mark.parametrize("change", [{"qkv_bias": True}, {"linear": "ternary"}])
+def test_what_a_plain_llama_has_not_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"model.{next(iter(change))} is .*dh train"):
+        build_llama(dataclasses.replace(SHAPE, **change), 64)
 
 
 def test_the_optimizer_follows_the_schedule_of_dh_train() -> None:

@@ -31,6 +31,7 @@ def logged(out: Path) -> int:
     return path.read_text().count('"kind": "train"') if path.exists() else 0
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_stop_together_and_one_goes_on_for_them(
     make_config: Any, store: Path, tmp_path: Path
 ) -> None:

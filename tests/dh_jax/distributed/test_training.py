@@ -105,7 +105,7 @@ def test_parameters_and_moments_keep_their_places_and_nothing_is_compiled_twice(
     )
     split = [x for x in jax.tree.leaves(behind) if not x.sharding.is_fully_replicated]
     assert bool(split) == (name != "8x1")
-    assert on_eight.step._cache_size() == 1  # type: ignore[attr-defined]
+    assert on_eight.step.func._cache_size() == 1  # type: ignore[attr-defined]
 
 
 def test_in_float64_the_losses_agree_to_nine_digits() -> None:

@@ -51,7 +51,7 @@ def same(x):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("rank", [30, 12])
+@pytest.mark.parametrize("rank", [pytest.param(30, marks=pytest.mark.slow), 12])
 def test_past_convergence_nothing_changes_and_nothing_is_nan(rank, dtype):
     with jax.enable_x64(dtype == "float64"):
         A = matrix(rank=rank) + 1e-2 * np.eye(30)
@@ -145,7 +145,9 @@ def exact(shift):
     return -v @ np.linalg.solve(G + float(shift) * np.eye(len(G)), k.T)
 
 
-@pytest.mark.parametrize(("block", "helped"), [(True, True), (False, False)])
+@pytest.mark.parametrize(
+    ("block", "helped"), [pytest.param(True, True, marks=pytest.mark.slow), (False, False)]
+)
 def test_conjugate_gradients_solve_the_damped_gauss_newton_system(helped, block):
     with jax.enable_x64(True):
         helper = ekfac(tapped_tiny.TAPPED, SCOPE) if helped else None
