@@ -193,6 +193,15 @@ class Checkpoints:
 
     def _read(self, step: int, like: Any) -> Restored:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        # Asked first: where Orbax stops in the middle, its other reads are left hanging.
+        saved = _shapes(self._described(step))
+        for path, shape in _shapes(abstract).items():
+            if saved.get(path) != shape:
+                raise StateError(
+                    f"checkpoint {self._path(step)} does not fit this model: {path} has shape "
+                    f"{saved.get(path, 'none')} there and {shape} here; resume with the config "
+                    "it was saved with"
+                )
         try:
             read = self._manager.restore(
                 step,
@@ -207,6 +216,11 @@ class Checkpoints:
             ) from error
         return Restored(step, read[ARRAYS], json.loads(read[HOST]["json"]))
 
+    def _described(self, step: int) -> Any:
+        """What a step says of its arrays, as a tree."""
+        folder = ocp.utils.epath.Path(self._path(step) / ARRAYS)
+        return ocp.StandardCheckpointHandler().metadata(folder).tree
+
     def _path(self, step: int) -> Path:
         return self.folder / str(step)
 
@@ -219,6 +233,14 @@ class Checkpoints:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of every array."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
 
 
 def _listed(steps: list[int]) -> str:

@@ -19,7 +19,7 @@ mine = {"b": 0.1 + index, "a": 1 / 3 - index}
 with open(sys.argv[3], "w") as file:  # the collectives' library writes to standard output
     file.write(repr(from_first_host(mine)))
 from dh_jax.distributed.processes import leave
-leave(0)  # an ordinary exit aborts now and then, and leaves the other waiting
+leave(0, together=True)  # an ordinary exit aborts now and then, and leaves the other waiting
 """
 
 

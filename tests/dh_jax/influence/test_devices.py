@@ -58,7 +58,7 @@ ESTIMATORS = {
 }
 
 
-QUICK = ("ekfac", "projection")  # the others are for `make slow`
+QUICK = ("projection",)  # the others are for `make slow`
 
 
 @pytest.mark.parametrize(

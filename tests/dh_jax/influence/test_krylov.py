@@ -50,7 +50,7 @@ def same(x):
     return x
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "float64"])
 @pytest.mark.parametrize("rank", [pytest.param(30, marks=pytest.mark.slow), 12])
 def test_past_convergence_nothing_changes_and_nothing_is_nan(rank, dtype):
     with jax.enable_x64(dtype == "float64"):
