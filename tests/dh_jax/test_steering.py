@@ -91,7 +91,7 @@ def some_slow(names: Iterable[str], quick: set[str]) -> list[Any]:
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-QUICK = {"schedule", "temperature", "doge", "odm", "doremi", "aioli"}
+QUICK = {"schedule", "temperature", "aioli"}
 
 
 @pytest.mark.parametrize("name", some_slow([*PLANNED, *MOVING], QUICK))

@@ -33,7 +33,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [pytest.param("plain", marks=pytest.mark.slow), "scanned"])
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "float64"])
 def test_tapped_gradients_of_packed_documents_are_those_of_lone_ones(layout, dtype, monkeypatch):
     config = dataclasses.replace(CONFIG, tied=False, **LAYOUTS[layout])

@@ -114,7 +114,12 @@ def cut(batch, *sizes):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "dtype"), [("ekfac", "float64"), ("ekfac", "float32"), ("kfac", "float64")]
+    ("strategy", "dtype"),
+    [
+        ("ekfac", "float64"),
+        pytest.param("ekfac", "float32", marks=pytest.mark.slow),
+        ("kfac", "float64"),
+    ],
 )
 def test_scores_equal_the_literal_formula(strategy, dtype):
     """Packed, masked, several tokens, biases, a shared layer, a table (one-hot), norms."""
@@ -161,6 +166,7 @@ def one_target(batch):
     return batch._replace(loss_mask_BT=mask)
 
 
+@pytest.mark.slow
 def test_all_labels_are_what_many_samples_tend_to():
     params = tapped_tiny.make_params(KEY)
     batch = one_target(rows(3, 6)[1])
