@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 
 if TYPE_CHECKING:
     from dh_jax.batch import Batch
@@ -79,6 +80,12 @@ def as_argument(loss_fn: LossFn) -> LossFn:
     if isinstance(loss_fn, jax.tree_util.Partial):
         return loss_fn
     return jax.tree_util.Partial(loss_fn)
+
+
+def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """``logsumexp(logits) - logits[target]``, (B, T) nats."""
+    at_target = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits_BTV, axis=-1) - at_target
 
 
 def masked_mean(loss_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:

@@ -141,7 +141,7 @@ class PackingConfig:
     """How documents become rows of T tokens."""
 
     strategy: str = "best_fit"  # best_fit, first_fit, concat
-    window: int = 1024  # documents planned together
+    window: int = 1024  # documents planned together, with those that the window before left over
     max_segments: int = 64  # a row closes at this many documents
     long_documents: str = "split"  # split (all pieces are kept) or truncate (counted)
 

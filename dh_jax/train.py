@@ -48,12 +48,12 @@ from dh_jax.evaluate import make_evaluation
 from dh_jax.functions import LossFn, Params, as_argument, masked_mean
 from dh_jax.influence.calculator import DataInfCalculator
 from dh_jax.influence.optimizer import InfluenceAwareOptimizer, InfluenceState
+from dh_jax.metrics import StepMetrics, train_record
 from dh_jax.mixing.policy import SAMPLED
 from dh_jax.mixing.registry import SIZED, make_policy
 from dh_jax.models import decoder
 from dh_jax.models.start import resolve, start
 from dh_jax.ranking import rank_documents
-from dh_jax.records import StepMetrics, train_record
 from dh_jax.runconfig import (
     check_training,
     refuse_other_config,

@@ -50,13 +50,7 @@ def source_alignment(
     """
     check_targets(targets, probes)
     source_key, probe_key = jax.random.split(key)
-    v: Blocks = {}
-    for name, weight in targets.items():
-        owner = f"probe {name!r}"
-        rows_with_targets(owner, probes[name])
-        gradient = calculator.probe_gradient(params, probes[name], probe_key)
-        refuse_gradient(owner, gradient)
-        v = {path: weight * g + v.get(path, 0.0) for path, g in gradient.items()}
+    v = target_gradient(calculator, params, probes, targets, probe_key)
     products = []
     for name, rows in sources.items():
         owner = f"source {name!r}"
@@ -66,6 +60,28 @@ def source_alignment(
         products.append(_products(gradient, v))
     alignment_M, norm_M = np.asarray(products, np.float32).T
     return alignment_M, norm_M
+
+
+def target_gradient(
+    calculator: DataInfCalculator,
+    params: Params,
+    probes: Mapping[str, Batch],
+    targets: Mapping[str, float],
+    key: jax.Array,
+) -> Blocks:
+    """Gradient of the weighted loss of the target probes.
+
+    Raises:
+        DataError: a probe holds nothing to learn, or its gradient is not finite.
+    """
+    v: Blocks = {}
+    for name, weight in targets.items():
+        owner = f"probe {name!r}"
+        rows_with_targets(owner, probes[name])
+        gradient = calculator.probe_gradient(params, probes[name], key)
+        refuse_gradient(owner, gradient)
+        v = {path: weight * g + v.get(path, 0.0) for path, g in gradient.items()}
+    return v
 
 
 def target_loss(

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from dh_jax.batch import Batch
 from dh_jax.functions import LossFn
-from dh_jax.influence.gradients import Blocks, Selection, along, wide
+from dh_jax.influence.gradients import Blocks, Selection, along, document_totals, wide
 
 Reduction = Literal["sum", "mean"]
 
@@ -51,18 +51,6 @@ def target_weights(
         return mask_BT
     counts_BS = target_counts(batch, max_segments).clip(min=1).astype(dtype)
     return mask_BT * spread(1 / counts_BS, batch)
-
-
-def document_totals(values_BT: jax.Array, batch: Batch, max_segments: int) -> jax.Array:
-    """(B, S) sums by document in which a NaN stays in its document.
-
-    In `document_sums`, a matrix product and faster, 0 x NaN spreads it over the row.
-    """
-
-    def sums(values_T: jax.Array, ids_T: jax.Array) -> jax.Array:
-        return jax.ops.segment_sum(values_T, ids_T, max_segments + 1)[1:]
-
-    return jax.vmap(sums)(values_BT, batch.segment_ids_BT)
 
 
 def document_gradients(

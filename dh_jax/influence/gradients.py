@@ -79,18 +79,26 @@ def row_means(values_BT: jax.Array, batch: Batch) -> jax.Array:
     return total_B / batch.loss_mask_BT.sum(axis=1).clip(min=1)
 
 
+def document_totals(values_BT: jax.Array, batch: Batch, max_segments: int) -> jax.Array:
+    """(B, S) sums by document in which a NaN stays in its document.
+
+    In `documents.document_sums`, a matrix product and faster, 0 x NaN spreads it over the row.
+    """
+
+    def sums(values_T: jax.Array, ids_T: jax.Array) -> jax.Array:
+        return jax.ops.segment_sum(values_T, ids_T, max_segments + 1)[1:]
+
+    return jax.vmap(sums)(values_BT, batch.segment_ids_BT)
+
+
 def segment_means(values_BT: jax.Array, batch: Batch, max_segments: int) -> jax.Array:
     """(B, S) mean over the valid targets of each segment; 0 where there is none.
 
     Entry ``[b, s]`` is segment ``s + 1`` of row ``b``.
     """
-
-    def sums(values_T: jax.Array, segment_ids_T: jax.Array) -> jax.Array:
-        return jax.ops.segment_sum(values_T, segment_ids_T, max_segments + 1)[1:]
-
     masked_BT = jnp.where(batch.loss_mask_BT, values_BT, 0)
-    total_BS = jax.vmap(sums)(masked_BT, batch.segment_ids_BT)
-    count_BS = jax.vmap(sums)(batch.loss_mask_BT.astype(jnp.int32), batch.segment_ids_BT)
+    total_BS = document_totals(masked_BT, batch, max_segments)
+    count_BS = document_totals(batch.loss_mask_BT.astype(jnp.int32), batch, max_segments)
     return total_BS / count_BS.clip(min=1)
 
 

@@ -13,22 +13,27 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dh_jax.batch import Batch
 from dh_jax.errors import ConfigError, DataError
-from dh_jax.functions import LogitsFn, LossFn, Params, TappedLayer, TappedLossFn
+from dh_jax.functions import (
+    LogitsFn,
+    LossFn,
+    Params,
+    TappedLayer,
+    TappedLossFn,
+    cross_entropy,
+)
 
 Data = Iterable[Batch]  # may be gone through more than once: a list, or an object with __iter__
 LogitsLoss = Callable[[jax.Array, Batch], jax.Array]  # (logits_BTV, batch) -> loss_BT
 Taps = dict[str, jax.Array]
 
 
-def cross_entropy(logits_BTV: jax.Array, batch: Batch) -> jax.Array:
-    """``logsumexp(logits) - logits[target]`` in nats, (B, T)."""
-    at_target = jnp.take_along_axis(logits_BTV, batch.targets_BT[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits_BTV, axis=-1) - at_target
+def next_token_loss(logits_BTV: jax.Array, batch: Batch) -> jax.Array:
+    """Cross-entropy of the targets, (B, T) nats."""
+    return cross_entropy(logits_BTV, batch.targets_BT)
 
 
 class Objective(NamedTuple):
@@ -45,7 +50,7 @@ class Objective(NamedTuple):
 
     loss: LossFn
     logits: LogitsFn | None = None
-    logits_loss: LogitsLoss = cross_entropy
+    logits_loss: LogitsLoss = next_token_loss
     tapped: TappedLossFn | None = None
     layers: Mapping[str, TappedLayer] | None = None
     zero_taps: Callable[[Params, Batch], Taps] | None = None

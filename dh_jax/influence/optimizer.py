@@ -19,10 +19,9 @@ from dh_jax.batch import Batch
 from dh_jax.distributed.mesh import to_host
 from dh_jax.errors import ConfigError
 from dh_jax.functions import Params
-from dh_jax.influence.alignment import check_targets, source_alignment, target_loss
+from dh_jax.influence.alignment import check_targets, source_alignment, target_gradient, target_loss
 from dh_jax.influence.calculator import DataInfCalculator
-from dh_jax.influence.checks import refuse_gradient, refuse_non_finite, rows_with_targets
-from dh_jax.influence.gradients import Blocks
+from dh_jax.influence.checks import refuse_non_finite, rows_with_targets
 from dh_jax.mixing.checks import refuse_no_mixture, refuse_unknown
 from dh_jax.mixing.policy import LEARNT, SAMPLED, Observation, Policy, PolicyState
 
@@ -283,22 +282,14 @@ def source_influence(
     if len(set(lengths.values())) > 1:
         raise ConfigError(f"sources differ in row length {lengths}; sample rows of one length")
     valid = {name: rows_with_targets(f"source {name!r}", batch) for name, batch in sources.items()}
-    for name in targets:
-        rows_with_targets(f"probe {name!r}", probes[name])
-
     fit_key, probe_key = jax.random.split(key)
+    v = target_gradient(calculator, params, probes, targets, probe_key)
     rows: Batch = jax.tree.map(lambda *x: jnp.concatenate(x), *sources.values())
     cuts = np.cumsum([len(v) for v in valid.values()])[:-1]
 
     fitted = calculator.fit(params, rows, fit_key)
     squares_B = to_host(sum(fitted.squares_B.values()))
     refuse_non_finite("gradient", dict(zip(valid, np.split(squares_B, cuts), strict=True)))
-
-    v: Blocks = {}
-    for name, weight in targets.items():
-        gradient = calculator.probe_gradient(params, probes[name], probe_key)
-        refuse_gradient(f"probe {name!r}", gradient)
-        v = {path: weight * g + v.get(path, 0.0) for path, g in gradient.items()}
 
     q = calculator.precondition(fitted, v)
     scores_B = to_host(calculator.score_fitted(fitted, q))

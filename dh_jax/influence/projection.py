@@ -28,8 +28,9 @@ import numpy as np
 from dh_jax.batch import Batch
 from dh_jax.errors import ConfigError, DataError
 from dh_jax.functions import Params
-from dh_jax.influence.documents import document_totals, target_counts
+from dh_jax.influence.documents import target_counts
 from dh_jax.influence.estimator import Estimator, has_target, warn_of_coverage
+from dh_jax.influence.gradients import document_totals
 from dh_jax.influence.kronecker import eigenbasis
 from dh_jax.influence.objective import Data, Objective, Scope, checked, refuse_non_finite
 from dh_jax.influence.per_document import per_document

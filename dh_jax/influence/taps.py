@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from dh_jax.batch import Batch
 from dh_jax.errors import ConfigError
 from dh_jax.functions import Params, TappedLayer
-from dh_jax.influence.documents import document_totals, target_weights
-from dh_jax.influence.gradients import Blocks, select
+from dh_jax.influence.documents import target_weights
+from dh_jax.influence.gradients import Blocks, document_totals, select
 from dh_jax.influence.objective import Objective, Scope
 from dh_jax.influence.parts import Lookup, Outer, Part, Parts, Total, combine
 

@@ -8,13 +8,9 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 
+from dh_jax.functions import cross_entropy
+
 Array: TypeAlias = jax.Array
-
-
-def cross_entropy(logits_BTV: Array, targets_BT: Array) -> Array:
-    """``logsumexp(logits) - logits[target]``, nats."""
-    at_target = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits_BTV, axis=-1) - at_target
 
 
 def chunked_cross_entropy(

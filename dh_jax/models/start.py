@@ -11,7 +11,7 @@ from dh_jax.config import ModelConfig, validate_model
 from dh_jax.distributed.mesh import place
 from dh_jax.errors import ConfigError
 from dh_jax.models import decoder, lora
-from dh_jax.models.decoder import Graph, Params
+from dh_jax.models.decoder import Params
 from dh_jax.models.hf_config import SHAPE
 from dh_jax.models.pretrained import find_folder, load_pretrained, read_config
 
@@ -22,10 +22,8 @@ if TYPE_CHECKING:
 class Started(NamedTuple):
     """A model at the beginning of a run."""
 
-    graph: Graph
     params: Params  # what is trained: everything, or the adapters
-    loss_fn: LossFn  # of these params
-    frozen: Params | None  # the base beside adapters
+    loss_fn: LossFn  # of these params; carries the frozen base beside adapters
 
 
 def resolve(config: ModelConfig) -> ModelConfig:
@@ -38,6 +36,8 @@ def resolve(config: ModelConfig) -> ModelConfig:
     validate_model(config)
     if config.pretrained is None:
         return config
+    if not config.pretrained:
+        raise ConfigError("model.pretrained is empty; give a Hugging Face folder or a hub name")
     found = read_config(find_folder(config.pretrained), config)
     plain = ModelConfig()
     for name in SHAPE:
@@ -45,7 +45,7 @@ def resolve(config: ModelConfig) -> ModelConfig:
         if given not in (getattr(plain, name), getattr(found, name)):
             raise ConfigError(
                 f"model.{name} is {given!r}, but {config.pretrained} has "
-                f"{getattr(found, name)!r}; leave it out"
+                f"{getattr(found, name)!r}; take model=pretrained, which leaves the shape out"
             )
     validate_model(found)
     return found
@@ -83,12 +83,12 @@ def start(
         graph, params = decoder.build(config, rows, key)
         params = _place(params, shardings)
     if not config.lora.rank:
-        return Started(graph, params, decoder.loss_fn(graph, chunk), None)
+        return Started(params, decoder.loss_fn(graph, chunk))
     graph, adapters = lora.adapt(graph, params, config.lora, jax.random.fold_in(key, 1))
     # Kernels are rounded to the activations' type where they are used; frozen ones can stay so.
     frozen = jax.tree.map(lambda x: x.astype(config.dtype) if x.ndim > 1 else x, params)
     adapters = _place(adapters, shardings)
-    return Started(graph, adapters, lora.loss_fn(graph, frozen, chunk), frozen)
+    return Started(adapters, lora.loss_fn(graph, frozen, chunk))
 
 
 def _place(params: Params, shardings: Callable[[Params], Params] | None) -> Any:

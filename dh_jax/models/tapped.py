@@ -97,6 +97,6 @@ def zero_taps(
     if unknown := [name for name in wanted if name not in shapes]:
         raise ConfigError(
             f"no operation {unknown[0]!r} to tap{suggest(unknown[0], list(shapes))}; "
-            "decoder.tapped_layers lists them"
+            "models.tapped.tapped_layers lists them"
         )
     return {name: jnp.zeros(shapes[name].shape, shapes[name].dtype) for name in wanted}

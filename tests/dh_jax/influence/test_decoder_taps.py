@@ -6,14 +6,12 @@ import dataclasses
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from dh_jax.influence import per_document as doors
 from dh_jax.influence.objective import Objective, Scope
 from dh_jax.influence.taps import complete_layers
-from dh_jax.models import decoder
-from tests.dh_jax.influence import tiny
+from dh_jax.models import decoder, tapped
 from tests.dh_jax.influence.test_per_document import (
     CONFIG,
     KEY,
@@ -21,11 +19,10 @@ from tests.dh_jax.influence.test_per_document import (
     S,
     T,
     lone_gradients,
+    real_decoder,
     relative_error,
     rows,
 )
-
-tapped = pytest.importorskip("dh_jax.models.tapped")
 
 LAYOUTS = {
     "plain": {},
@@ -37,14 +34,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "float64"])
 def test_tapped_gradients_of_packed_documents_are_those_of_lone_ones(layout, dtype, monkeypatch):
     config = dataclasses.replace(CONFIG, tied=False, **LAYOUTS[layout])
-    if dtype == "float64":
-        # The decoder's norms and logits are float32 by design: here that name means float64.
-        monkeypatch.setattr(jnp, "float32", jnp.float64)
-        monkeypatch.setattr(decoder, "validate_model", lambda config: None)
-        config = dataclasses.replace(config, dtype="float64")
-    with jax.enable_x64(dtype == "float64"):
-        graph, params = decoder.build(config, tiny.VOCAB, KEY)
-        params = jax.tree.map(lambda x: 5 * x.astype(dtype), params)
+    with real_decoder(config, dtype, monkeypatch) as (graph, params):
         loss = decoder.loss_fn(graph)
         objective = Objective(
             loss,

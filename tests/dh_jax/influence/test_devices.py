@@ -13,10 +13,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dh_jax.config import MeshConfig
 from dh_jax.distributed.mesh import make_mesh, to_device
 from dh_jax.influence.ekfac import ekfac, passes
+from dh_jax.influence.empirical_fisher import datainf, woodbury
 from dh_jax.influence.estimator import score
 from dh_jax.influence.first_order import gradient_cosine, gradient_dot
 from dh_jax.influence.fisher import sample_targets
-from dh_jax.influence.fitted import datainf, woodbury
 from dh_jax.influence.iterative import conjugate_gradient
 from dh_jax.influence.kronecker import preconditioned
 from dh_jax.influence.newton import Inverse, newton_step

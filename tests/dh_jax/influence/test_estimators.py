@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from dh_jax.errors import ConfigError, DataError
+from dh_jax.influence.empirical_fisher import datainf, woodbury
 from dh_jax.influence.estimator import score
 from dh_jax.influence.first_order import Checkpoints, gradient_cosine, gradient_dot, tracin
-from dh_jax.influence.fitted import datainf, woodbury
 from dh_jax.influence.objective import Objective, Scope
 from dh_jax.influence.projection import projection
 from dh_jax.influence.sketch import Sketch, project

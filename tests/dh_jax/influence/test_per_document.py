@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
@@ -102,17 +103,22 @@ def test_documents_of_packed_rows_have_the_gradients_of_lone_ones(way, reduction
 CONFIG = ModelConfig(layers=2, width=16, heads=2, kv_heads=1, mlp_width=24, tied=True)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_the_real_decoder_too(dtype, monkeypatch):
-    config = CONFIG
+@contextmanager
+def real_decoder(config, dtype, monkeypatch):
+    """Graph and parameters, in float64 too, where the decoder's own float32 stands in the way."""
     if dtype == "float64":
-        # The decoder's norms and logits are float32 by design: here that name means float64.
+        # Its norms and logits are float32 by design: here that name means float64.
         monkeypatch.setattr(jnp, "float32", jnp.float64)
         monkeypatch.setattr(decoder, "validate_model", lambda config: None)
         config = dataclasses.replace(config, dtype="float64")
     with jax.enable_x64(dtype == "float64"):
         graph, params = decoder.build(config, tiny.VOCAB, KEY)
-        params = jax.tree.map(lambda x: 5 * x.astype(dtype), params)
+        yield graph, jax.tree.map(lambda x: 5 * x.astype(dtype), params)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_real_decoder_too(dtype, monkeypatch):
+    with real_decoder(CONFIG, dtype, monkeypatch) as (graph, params):
         loss = decoder.loss_fn(graph)
         documents, batch = rows(1)
         plain = doors.plain(Objective(loss), Scope(max_segments=S, dtype=dtype, chunk=2))

@@ -21,41 +21,16 @@ from dh_jax.config import ModelConfig, config_folder, typed, validate_model
 from dh_jax.errors import ConfigError
 from dh_jax.functions import masked_mean
 from dh_jax.models import decoder
+from tests.dh_jax.models.model_cases import LLAMA as CONFIG
+from tests.dh_jax.models.model_cases import V, by_path, pack, words
 
-V = 61
 KEY = jax.random.key(7)
-# Weights ten times the usual, so that attention is far from uniform and errors show.
-CONFIG = ModelConfig(width=24, layers=2, heads=6, kv_heads=2, mlp_width=40, init_scale=0.2)
 
 
 @cache
 def model(tied: bool = True, dtype: str = "float32", layers: int = 2) -> tuple[Any, Any]:
     config = dataclasses.replace(CONFIG, tied=tied, dtype=dtype, layers=layers)
     return decoder.build(config, V, KEY)
-
-
-def pack(rows: list[list[np.ndarray]], length: int) -> Batch:
-    """Documents to rows, written without the library: the last token of each has no target."""
-    tokens, targets, segments, positions = np.zeros((4, len(rows), length), np.int32)
-    mask = np.zeros((len(rows), length), bool)
-    for b, documents in enumerate(rows):
-        start = 0
-        for s, document in enumerate(documents, start=1):
-            end = start + len(document)
-            tokens[b, start:end], segments[b, start:end] = document, s
-            positions[b, start:end] = np.arange(len(document))
-            targets[b, start : end - 1], mask[b, start : end - 1] = document[1:], True
-            start = end
-    return Batch(tokens, targets, mask, segments, positions, np.zeros(len(rows), np.int32))
-
-
-def words(rng: np.random.Generator, length: int) -> np.ndarray:
-    return rng.integers(0, V, length)
-
-
-def by_path(params: Any) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
 
 
 jitted_loss = cache(lambda chunk: jax.jit(decoder.loss_fn(model()[0], chunk=chunk)))

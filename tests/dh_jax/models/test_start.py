@@ -6,8 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from dh_jax.config import LoraConfig, ModelConfig, RunConfig, TrainingConfig
+from dh_jax.errors import ConfigError
 from dh_jax.models.pretrained import save_pretrained
+from dh_jax.models.start import resolve
 from dh_jax.train import train
 from tests.dh_jax.models.model_cases import build
 
@@ -33,3 +37,16 @@ def test_adapters_train_beside_a_pretrained_base(
     evals = [r["domains"] for r in map(json.loads, lines) if r["kind"] == "eval"]
     before, after = (sum(d["loss"] for d in domains.values()) for domains in (evals[0], evals[-1]))
     assert after < before
+
+
+@pytest.mark.parametrize("config", [ModelConfig(pretrained=""), ModelConfig(pretrained="nowhere")])
+def test_a_start_from_no_folder_is_refused(config: ModelConfig) -> None:
+    with pytest.raises(ConfigError, match=r"model\.pretrained is empty|nowhere"):
+        resolve(config)
+
+
+def test_a_shape_beside_that_of_a_folder_is_refused(tmp_path: Path) -> None:
+    _, params = build(SHAPE)
+    save_pretrained(tmp_path, SHAPE, params)
+    with pytest.raises(ConfigError, match=r"model\.layers is 7.*has 1; take model=pretrained"):
+        resolve(ModelConfig(pretrained=str(tmp_path), layers=7))
