@@ -19,6 +19,7 @@ from dh_jax.errors import ConfigError
 Ints = npt.NDArray[np.int64]
 WELL_FILLED = 0.997  # a row below this may be left to the next window
 ENOUGH = 0.999  # of all rows that stay: no more is left then
+FEW = 16  # pieces a row, on average, up to which `pair_fit` is tried
 TOLERANCE = 1 / 256  # of a row: the gap at which `pair_fit` stops searching
 
 
@@ -49,8 +50,8 @@ def plan_rows(
         row_length: T, tokens of a row.
         packing: strategy, treatment of long documents and the bound on segments.
             ``best_fit`` is best-fit decreasing: pieces by falling length, each into the fullest
-            row it fits (Johnson 1973), or `pair_fit` where that fills rows badly and this does
-            better; ``first_fit`` keeps the documents' order and takes the earliest row with
+            row it fits (Johnson 1973), or `pair_fit` where few share a row, that fills rows badly
+            and this does better; ``first_fit`` keeps the documents' order and takes the earliest row with
             room; ``concat`` lays them end to end and cuts at row ends.
         seed: shuffles the finished rows; None leaves them in planned order.
         carried: the first so many documents are pieces that the window before left over. Their
@@ -86,7 +87,8 @@ def plan_rows(
         else:
             raise ConfigError(f"packing.strategy {packing.strategy!r} is unknown")
     stays, fill = _leave(rows, sizes, documents, row_length, most, carried, leave)
-    if packing.strategy == "best_fit" and fill < WELL_FILLED:
+    few = sizes.size <= FEW * stays.size  # pieces a row: with more, best fit finds one that fits
+    if packing.strategy == "best_fit" and few and fill < WELL_FILLED:
         others = pair_fit(sizes, row_length, most, int(row_length * TOLERANCE))
         other = _leave(others, sizes, documents, row_length, most, carried, leave)
         if other[1] > fill:
