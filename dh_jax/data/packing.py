@@ -137,18 +137,21 @@ def pack(window: Window, row_length: int, packing: PackingConfig, *, shuffle: bo
 def _write_left(left_L2: Ints, first: int) -> str:
     """What is left as short text, for it is in the state of every source: steps from document to
     document, the first of them counted from ``first`` (what was carried is never left)."""
-    left_L2 = left_L2[np.argsort(left_L2[:, 0])]
-    steps = np.diff(left_L2[:, 0], prepend=first).tolist()
-    offsets = left_L2[:, 1].tolist()
-    return " ".join(f"{d}+{at}" if at else f"{d}" for d, at in zip(steps, offsets, strict=True))
+    steps = []
+    for document, at in sorted(left_L2.tolist()):
+        steps.append(f"{document - first}+{at}" if at else f"{document - first}")
+        first = document
+    return " ".join(steps)
 
 
 def _read_left(left: str) -> Ints:
     """(document, offset) of each piece."""
-    pairs = [piece.partition("+") for piece in left.split()]
-    left_L2 = np.array([(int(d), int(at or 0)) for d, _, at in pairs], np.int64)
-    left_L2[:, 0] = np.cumsum(left_L2[:, 0])
-    return left_L2
+    document, found = 0, []
+    for piece in left.split():
+        step, _, at = piece.partition("+")
+        document += int(step)
+        found.append((document, int(at or 0)))
+    return np.array(found, np.int64)
 
 
 @numba.njit(cache=True, nogil=True)
