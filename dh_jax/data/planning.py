@@ -50,9 +50,9 @@ def plan_rows(
         row_length: T, tokens of a row.
         packing: strategy, treatment of long documents and the bound on segments.
             ``best_fit`` is best-fit decreasing: pieces by falling length, each into the fullest
-            row it fits (Johnson 1973), or `pair_fit` where few share a row, that fills rows badly
-            and this does better; ``first_fit`` keeps the documents' order and takes the earliest row with
-            room; ``concat`` lays them end to end and cuts at row ends.
+            row it fits (Johnson 1973), or `pair_fit` where few share a row, which fills rows
+            better there; ``first_fit`` keeps the documents' order and takes the earliest row
+            with room; ``concat`` lays them end to end and cuts at row ends.
         seed: shuffles the finished rows; None leaves them in planned order.
         carried: the first so many documents are pieces that the window before left over. Their
             rows are not left again, so that nothing waits for more than one window.
