@@ -14,6 +14,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dh_jax.attribution.config import AttributionConfig
 from dh_jax.config import (
     ConfigError,
     RunConfig,
@@ -25,7 +26,7 @@ from dh_jax.config import (
     validate_data,
 )
 
-AnyRun = TypeVar("AnyRun", RunConfig, TorchRunConfig)
+AnyRun = TypeVar("AnyRun", RunConfig, TorchRunConfig, AttributionConfig)
 
 
 def compose_run(overrides: Sequence[str] = ()) -> RunConfig:
