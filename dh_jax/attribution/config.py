@@ -59,6 +59,7 @@ class AttributionConfig:
     batch_size: int = 8  # rows scored at once, and of one shard on disk
     self_influence: bool = False  # also of each document on itself; costs about as much again
     top: int = 10  # documents shown at each end
+    tinted: int = 2  # of them, whose tokens are tinted; each costs about as much as a score
     memory_limit: float | None = None  # GiB; null: none
     seed: int = 0
     out: str = "runs/influence"
@@ -72,7 +73,8 @@ def check(config: AttributionConfig) -> AttributionConfig:
     """
     for label, value, least in (
         ("documents", config.documents, 1), ("batch_size", config.batch_size, 1),
-        ("top", config.top, 1), ("estimator.chunk", config.estimator.chunk, 1),
+        ("top", config.top, 1), ("tinted", config.tinted, 0),
+        ("estimator.chunk", config.estimator.chunk, 1),
         ("estimator.fit_documents", config.estimator.fit_documents, 1),
         ("queries.documents", config.queries.documents, 1),
         ("queries.low_rank", config.queries.low_rank or 1, 1),

@@ -5,8 +5,8 @@ Shapes: B rows, T tokens, S documents of a row, N documents.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,12 +35,13 @@ class Rows:
     def __init__(self, open_loader: Callable[[], Loader], documents: int):
         self._open, self._documents = open_loader, documents
         self.origins: Origins | None = None  # of the batch delivered last
+        self.stats: dict[str, Any] | None = None  # of the last pass, as far as it went
 
     def __iter__(self) -> Iterator[Batch]:
         left = self._documents
         with self._open() as loader:
             for batch in loader:
-                self.origins = loader.origins
+                self.origins, self.stats = loader.origins, loader.stats()
                 kept, count = _first(batch, self.origins.lengths_BS.shape[1], left)
                 left -= count
                 yield kept
@@ -58,10 +59,15 @@ class Rows:
         )
 
 
+def learnt_documents(batch: Batch, segments: int) -> np.ndarray:
+    """(B, S) bool: documents with a target."""
+    learnt_BT = np.where(batch.loss_mask_BT, batch.segment_ids_BT, 0)
+    return np.asarray((learnt_BT[..., None] == np.arange(1, segments + 1)).any(axis=1))
+
+
 def _first(batch: Batch, segments: int, most: int) -> tuple[Batch, int]:
     """The batch with targets of its first ``most`` documents alone, and how many it has."""
-    learnt = np.where(batch.loss_mask_BT, batch.segment_ids_BT, 0)
-    there_BS = (learnt[..., None] == np.arange(1, segments + 1)).any(axis=1)
+    there_BS = learnt_documents(batch, segments)
     number_BS = there_BS.cumsum().reshape(there_BS.shape)
     count = int(there_BS.sum())
     if count <= most:
@@ -87,8 +93,3 @@ def text_batch(text: str, tokenizer: TokenizerWrapper, row_length: int) -> Batch
     grid[3, 0, : len(tokens)] = np.arange(len(tokens))
     mask = np.arange(row_length)[None] < len(tokens) - 1
     return Batch(grid[0], grid[1], mask, grid[2], grid[3], np.full(1, -1, np.int32))
-
-
-def concatenated(batches: Sequence[Batch]) -> list[Batch]:
-    """Batches that have something to learn."""
-    return [batch for batch in batches if np.asarray(batch.loss_mask_BT).any()]

@@ -18,13 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from dh_jax.attribution.config import AttributionConfig, check
-from dh_jax.attribution.rows import Rows, text_batch
+from dh_jax.attribution.rows import Rows, learnt_documents, text_batch
 from dh_jax.attribution.setup import Model, make_estimator, open_model, with_run
 from dh_jax.batch import Batch, checksum
 from dh_jax.config import public_run
 from dh_jax.data.loader import Loader, get_loader
 from dh_jax.data.seeding import derive
-from dh_jax.data.shards import write_json
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.errors import DataError
 from dh_jax.influence.estimator import Estimator, Prepared, has_target
@@ -32,6 +31,7 @@ from dh_jax.influence.objective import NotFinite
 from dh_jax.influence.queries import prepare, prepare_means
 from dh_jax.influence.score_store import ScoreStore, Shard, open_scores
 from dh_jax.influence.streaming import stream
+from dh_jax.influence.thin import thinned
 from dh_jax.influence.trees import fingerprint
 from dh_jax.inspection.rows import document_name
 
@@ -120,7 +120,7 @@ def read_queries(config: AttributionConfig, tokenizer: TokenizerWrapper) -> Quer
         )  # fmt: skip
         group, ids = [], []
         for batch in rows:
-            there = np.argwhere(_learnt(batch, segments))
+            there = np.argwhere(learnt_documents(batch, segments))
             if len(there):
                 group.append(batch)
                 ids += rows.places(there[:, 0], there[:, 1] + 1).document_N.tolist()
@@ -136,13 +136,15 @@ def read_queries(config: AttributionConfig, tokenizer: TokenizerWrapper) -> Quer
     return Queries(names, groups, total)
 
 
-def _learnt(batch: Batch, segments: int) -> np.ndarray:
-    """(B, S) bool: documents with a target."""
-    learnt_BT = np.where(batch.loss_mask_BT, batch.segment_ids_BT, 0)
-    return np.asarray((learnt_BT[..., None] == np.arange(1, segments + 1)).any(axis=1))
+class Done(NamedTuple):
+    """Scores on disk, and the queries they are of."""
+
+    store: ScoreStore
+    prepared: Prepared
+    low_rank_error: list[float] | None  # of each query
 
 
-def score_documents(opened: Opened, listener: Listener = lambda *_: None) -> ScoreStore:
+def score_documents(opened: Opened, listener: Listener = lambda *_: None) -> Done:
     """Fit, prepare and score what is not on disk yet.
 
     Raises:
@@ -165,8 +167,20 @@ def score_documents(opened: Opened, listener: Listener = lambda *_: None) -> Sco
             return prepare_means(estimator, params, state, groups, key)
         return prepare(estimator, params, state, [b for group in groups for b in group], key)
 
+    def thin() -> dict[str, Any]:
+        whole = queries()
+        listener("factoring queries", 0, None)
+        kernels = estimator.door.kernels if estimator.door else frozenset()
+        factors, error_K = thinned(whole, kernels, config.queries.low_rank or 0)
+        return {"prepared": factors, "error_K": error_K}
+
     state = _on_device(store.fitted("fitted", fit))
-    prepared = _on_device(store.fitted("queries", queries))
+    error: list[float] | None = None
+    if config.queries.low_rank is None:
+        prepared = _on_device(store.fitted("queries", queries))
+    else:
+        kept = store.fitted("low_rank", thin)
+        prepared, error = _on_device(kept["prepared"]), kept["error_K"].tolist()
     done = 0
     listener("scoring", done, config.documents)
     started = time.perf_counter()
@@ -208,7 +222,7 @@ def score_documents(opened: Opened, listener: Listener = lambda *_: None) -> Sco
             f"{error}; it is document {document_name(int(place.document_N[0]))} from token "
             f"{int(place.offset_N[0])} on"
         ) from error
-    return store
+    return Done(store, prepared, error)
 
 
 def _first_batches(opened: Opened) -> list[Batch]:
@@ -226,40 +240,21 @@ def _on_device(tree: Any) -> Any:
     return jax.tree.map(jnp.asarray, tree)
 
 
-def describe(opened: Opened, command: str | None) -> dict[str, Any]:
+def describe(opened: Opened, done: Done, command: str | None) -> dict[str, Any]:
     """What ``influence.json`` says of a run beside its scores."""
-    config = opened.config
+    stats = (opened.rows.stats or {}).get("sources", {})
     return {
         "command": command,
-        "config": public_run(config),
+        "config": public_run(opened.config),
         "model": opened.model.origin,
         "sources": list(opened.sources),
         "queries": opened.queries.names,
         "query_documents": opened.queries.documents,
         "coverage": opened.estimator.coverage(opened.model.params),
+        "low_rank_error": done.low_rank_error,
+        "skipped": {
+            name: {"truncated_tokens": source["truncated_tokens"]} | source["skipped"]
+            for name, source in stats.items()
+        },
         "versions": {name: version(name) for name in ("data-handler", "jax", "flax")},
     }
-
-
-def influence(
-    config: AttributionConfig, *, listener: Listener = lambda *_: None, command: str | None = None
-) -> dict[str, Any]:
-    """Run `dh influence`.
-
-    Args:
-        config: see `AttributionConfig`; ``out`` is its folder.
-        listener: told what is done, for a progress bar.
-        command: how a user would start it again, for the report.
-
-    Returns:
-        The content of ``influence.json``.
-
-    Raises:
-        ConfigError, DataError, StateError: as `open_influence` and `score_documents`.
-    """
-    opened = open_influence(config)
-    folder = Path(opened.config.out)
-    score_documents(opened, listener)
-    facts = describe(opened, command)
-    write_json(folder / "influence.json", facts)
-    return facts

@@ -21,6 +21,7 @@ from dh_jax.influence.gradients import Blocks, along, select
 from dh_jax.influence.objective import Objective, Scope, check_scope
 from dh_jax.influence.sketch import Sketch, project
 from dh_jax.influence.taps import capture, coverage, tapped_paths
+from dh_jax.influence.thin import dense
 
 Tree = TypeVar("Tree")
 
@@ -28,7 +29,8 @@ Tree = TypeVar("Tree")
 class PerDocument(NamedTuple):
     """Functions of (params, ..., batch, key); all but `blocks` and `coverage` belong under jit.
 
-    Vectors of `products` and `moments` may be `low_rank.Thin` where gradients come by taps."""
+    Vectors of `products`, `moments` and `by_token` may be `thin.Thin` for ``kernels``.
+    """
 
     blocks: Callable[[Params], Blocks]  # the tensors covered
     coverage: Callable[[Params], float]  # their share of all trainable entries
@@ -41,6 +43,7 @@ class PerDocument(NamedTuple):
     combine: Callable[[Params, Blocks, Batch, jax.Array], Blocks]  # (K, B, S) -> (K, *shape)
     sketched: Callable[[Sketch, Params, Batch, jax.Array], jax.Array]  # (B, S, k)
     health: Callable[[Params, Batch, jax.Array], jax.Array]  # (B, S), finite where all is well
+    kernels: frozenset[str] = frozenset()  # tensors whose vectors may be thin
 
 
 def per_document(objective: Objective, scope: Scope) -> PerDocument:
@@ -119,7 +122,8 @@ def plain(objective: Objective, scope: Scope) -> PerDocument:
 def tapped(objective: Objective, scope: Scope) -> PerDocument:
     """By taps: no document's gradient of more than one tensor exists, except in `gradients`."""
     S = scope.max_segments
-    tapped_paths(objective, scope)  # refuses at once what cannot be tapped
+    layers = tapped_paths(objective, scope).values()  # refuses at once what cannot be tapped
+    kernels = frozenset(x.weight for x in layers if x.kind == "linear")
 
     def seen(params: Params, rows: Batch, key: jax.Array) -> parts.Parts:
         return capture(objective, scope, params, rows, key).parts
@@ -187,6 +191,7 @@ def tapped(objective: Objective, scope: Scope) -> PerDocument:
             combine,
             sketched,
             health,
+            kernels,
         ),
         scope,
     )
@@ -202,7 +207,7 @@ def _by_token(objective: Objective, scope: Scope) -> Callable[..., jax.Array]:
         def one(vector: Blocks) -> jax.Array:
             return along(objective.loss, selection, vector, rows, key)
 
-        slopes_KBT = jax.lax.map(one, vectors)
+        slopes_KBT = jax.lax.map(one, {path: dense(v) for path, v in vectors.items()})
         weights_BT = documents.target_weights(
             rows, scope.max_segments, scope.reduction, slopes_KBT.dtype
         )
@@ -274,6 +279,7 @@ def _chunked(whole: PerDocument, scope: Scope) -> PerDocument:
         lambda params, batch, key: per_row(
             lambda rows, k: whole.health(params, rows, k), batch, key
         ),
+        whole.kernels,
     )
 
 

@@ -16,14 +16,14 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from dh_jax.batch import Batch
 from dh_jax.errors import DataError
 from dh_jax.functions import Params
-from dh_jax.influence.documents import target_counts
 from dh_jax.influence.estimator import Estimator, Prepared, State, has_target
 from dh_jax.influence.gradients import Blocks
-from dh_jax.influence.objective import Data, checked, refuse_non_finite
+from dh_jax.influence.objective import Data, Scope, checked, refuse_non_finite
+from dh_jax.influence.per_document import PerDocument
 
 
 def prepare(
@@ -53,40 +53,44 @@ def prepare_means(
         DataError: a group has no document with a target, or a gradient is not finite.
     """
     if estimator.door is not None and estimator.finish is not None:
-        means = [mean_gradient(estimator, params, group, key) for group in groups]
-        return estimator.finish(params, state, join(means), key)
+        means = mean_gradients(estimator.door, estimator.scope, params, groups, key)
+        return estimator.finish(params, state, means, key)
     prepared = (prepare(estimator, params, state, group, key) for group in groups)
     return join([jax.tree.map(lambda x: x.mean(axis=0, keepdims=True), p) for p in prepared])
 
 
-def mean_gradient(estimator: Estimator, params: Params, data: Data, key: jax.Array) -> Blocks:
-    """(1, *shape) the mean of the documents' gradients: reverse passes, and one sum in memory."""
-    door, scope = estimator.door, estimator.scope
-    assert door is not None
-    shapes = door.blocks(params)
+def mean_gradients(
+    door: PerDocument, scope: Scope, params: Params, groups: Sequence[Data], key: jax.Array
+) -> Blocks:
+    """(P, *shape) the mean gradient of each group's documents: one sum at a time in memory.
+
+    Raises:
+        DataError: a group has no document with a target, or a gradient is not finite.
+    """
 
     @jax.jit
-    def total(params: Params, batch: object, there_BS: jax.Array, key: jax.Array) -> Blocks:
-        weights = dict.fromkeys(shapes, there_BS[None])
+    def total(params: Params, batch: Batch, there_BS: jax.Array, key: jax.Array) -> Blocks:
+        weights = dict.fromkeys(door.blocks(params), there_BS[None])
         return door.combine(params, weights, batch, key)
 
-    @jax.jit
-    def health(params: Params, batch: object, key: jax.Array) -> jax.Array:
-        return door.health(params, batch, key)
+    health = jax.jit(door.health)  # compiled only where something is wrong
 
-    found: Blocks = {}
-    documents = 0
-    for index, batch, batch_key in checked(data, scope, key):
-        there_BS = has_target(batch, scope)
-        documents += int(there_BS.sum())
-        more = total(params, batch, jnp.asarray(there_BS, scope.dtype), batch_key)
-        if not all(bool(jnp.isfinite(x).all()) for x in more.values()):
-            refuse_non_finite(index, "gradient", health(params, batch, batch_key))
-            raise DataError(f"batch {index}: the sum of its gradients is not finite")
-        found = _add(found, more) if found else more
-    if not documents:
-        raise DataError("a group of queries has no document with a target to learn")
-    return {path: x / documents for path, x in found.items()}
+    def mean(data: Data) -> Blocks:
+        found: Blocks = {}
+        documents = 0
+        for index, batch, batch_key in checked(data, scope, key):
+            there_BS = has_target(batch, scope)
+            documents += int(there_BS.sum())
+            more = total(params, batch, jnp.asarray(there_BS, scope.dtype), batch_key)
+            if not all(bool(jnp.isfinite(x).all()) for x in more.values()):
+                refuse_non_finite(index, "gradient", health(params, batch, batch_key))
+                raise DataError(f"batch {index}: the sum of its gradients is not finite")
+            found = _add(found, more) if found else more
+        if not documents:
+            raise DataError("a group of queries has no document with a target to learn")
+        return {path: x / documents for path, x in found.items()}
+
+    return join([mean(group) for group in groups])
 
 
 @jax.jit

@@ -1,0 +1,169 @@
+"""`dh influence` from end to end on a tiny model: what it writes, resumes and refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from omegaconf import OmegaConf
+
+from dh_jax import cli
+from dh_jax.attribution.config import AttributionConfig
+from dh_jax.attribution.price import price_influence, refuse_too_large
+from dh_jax.compose import compose
+from dh_jax.errors import ConfigError
+
+pytestmark = pytest.mark.filterwarnings("ignore::dh_jax.influence.estimator.CoverageWarning")
+
+SMALL = [
+    "model.width=16", "model.layers=1", "model.heads=2", "model.kv_heads=1", "model.mlp_width=24",
+    "documents=30", "batch_size=2", "queries.documents=3", "top=3", "tinted=1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data_file(make_config: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("influence") / "small.yaml"
+    OmegaConf.save(OmegaConf.create(dataclasses.asdict(make_config())), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finished") / "run"
+    words = [f"data={data_file}", *SMALL, "self_influence=true", f"out={out}"]
+    assert cli.main(["influence", *words]) == 0
+    return out
+
+
+def test_the_table_holds_every_document(finished: Path) -> None:
+    table = pq.read_table(finished / "scores.parquet")
+    assert table.num_rows == 30
+    facts = json.loads((finished / "influence.json").read_text())
+    assert facts["scored"] == 30 and facts["queries"] == ["code", "mail", "sums"]
+    named = np.stack([table[f"score/{name}"].to_numpy() for name in facts["queries"]])
+    np.testing.assert_allclose(table["score"].to_numpy(), named.mean(axis=0), rtol=1e-6)
+    assert np.ptp(named) > 0 and (np.abs(named) <= 1 + 1e-5).all()  # cosines
+    np.testing.assert_allclose(table["self_influence"].to_numpy(), 1, atol=1e-4)
+    assert set(table["source"].to_pylist()) <= {"code", "mail", "sums"}
+    assert all(len(document) == 16 for document in table["document"].to_pylist())
+
+
+def test_the_report_shows_the_extreme_documents_escaped(finished: Path) -> None:
+    table = pq.read_table(finished / "scores.parquet").to_pylist()
+    page = (finished / "report.html").read_text()
+    best = min(table, key=lambda row: row["score"])
+    worst = max(table, key=lambda row: row["score"])
+    head, _, tail = page.partition("Most harmful")
+    assert f"<code>{best['document']}</code>" in head
+    assert f"<code>{worst['document']}</code>" in tail
+    assert "drawn at random and never trained" in page and "dh influence" in page
+    assert "<script" not in page and 'class="up"' in page
+
+
+def test_the_same_command_goes_on_and_another_is_refused(
+    finished: Path, data_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {p: p.read_bytes() for p in (finished / "scores" / "shards").iterdir()}
+    lost = sorted(before)[1]
+    lost.unlink()
+    words = [f"data={data_file}", *SMALL, "self_influence=true", f"out={finished}"]
+    assert cli.main(["influence", *words]) == 0
+    columns = ("scores_KN",)
+    del columns
+    from dh_jax.influence.trees import read_tree
+
+    for path in before:
+        again = read_tree(path)
+        if path == lost:
+            path.write_bytes(before[path])
+            np.testing.assert_array_equal(again.scores_KN, read_tree(path).scores_KN)
+    capsys.readouterr()
+    for change, named in (
+        ("estimator=gradient_dot", "estimator.name"),
+        ("model.init_scale=0.03", "model"),
+        ("data.max_length=48", "data.row_length"),
+        ("queries.probes=[mail]", "queries.batches"),
+    ):
+        assert cli.main(["influence", *words, change]) == 2
+        said = capsys.readouterr().err
+        assert "holds scores of other inputs" in said and named in said
+
+
+def test_a_killed_run_goes_on_to_the_same_scores(
+    finished: Path, data_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "killed"
+    words = [f"data={data_file}", *SMALL, "self_influence=true", f"out={out}"]
+    program = (
+        "import sys, os, signal\n"
+        "from dh_jax.influence.score_store import ScoreStore\n"
+        "from dh_jax import cli\n"
+        "write = ScoreStore.write\n"
+        "def dying(self, index, shard):\n"
+        "    write(self, index, shard)\n"
+        "    if index == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "ScoreStore.write = dying\n"
+        "cli.main(sys.argv[1:])\n"
+    )
+    died = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program, "influence", *words],
+        env=os.environ | {"PYTHONPATH": os.getcwd()}, capture_output=True, check=False,
+    )  # fmt: skip
+    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    assert not (out / "scores.parquet").exists()
+    assert cli.main(["influence", *words]) == 0
+    ours = pq.read_table(out / "scores.parquet")
+    theirs = pq.read_table(finished / "scores.parquet")
+    for name in ours.column_names:
+        assert ours[name].to_pylist() == theirs[name].to_pylist(), name
+
+
+def test_a_dry_run_prices_and_a_limit_refuses(
+    data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"data={data_file}", *SMALL, f"out={tmp_path / 'run'}"]
+    assert cli.main(["influence", "--dry-run", *words]) == 0
+    said = capsys.readouterr().out
+    assert "queries 3" in said and "memory at the peak" in said
+    assert not (tmp_path / "run").exists()
+    assert cli.main(["influence", *words, "memory_limit=0.01"]) == 2
+    assert "above memory_limit 0.01" in capsys.readouterr().err
+
+
+def test_more_queries_cost_more_memory(data_file: Path) -> None:
+    few, many = (
+        price_influence(
+            compose("attribution", AttributionConfig, [f"data={data_file}", *SMALL, *more])
+        )
+        for more in ([], ["queries.average=false"])
+    )
+    assert many.queries == 9 and many.query_bytes == 3 * few.query_bytes
+    assert many.bytes > few.bytes
+    with pytest.raises(ConfigError, match="queries.low_rank"):
+        refuse_too_large(many, many.bytes / 2**30 / 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("estimator.name=ekfacs", "did you mean 'ekfac'"),
+        ("estimator.arguments={damp: 1}", "no argument 'damp'"),
+        ("queries.probes=[mial]", "did you mean 'mail'"),
+        ("documents=0", "the least is 1"),
+    ],
+)
+def test_mistakes_are_named(
+    data_file: Path, change: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["influence", f"data={data_file}", *SMALL, change]) == 2
+    assert message in capsys.readouterr().err
