@@ -55,7 +55,7 @@ def write_tree(path: Path, tree: Any) -> None:
     }
     at = 0
     for i, array in enumerate(arrays):
-        entries[f"{i:06d}"] = {
+        entries[_name(i)] = {
             "dtype": CODES[array.dtype.name],
             "shape": list(array.shape),
             "data_offsets": [at, at + array.nbytes],
@@ -79,13 +79,19 @@ def read_tree(path: Path) -> Any:
     try:
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
-            arrays = [file.get_tensor(name) for name in sorted(file.keys())]
+            names = sorted(file.keys())
+            arrays = [file.get_tensor(name) for name in names]
     except (OSError, SafetensorError, ValueError) as error:
         raise DataError(
             f"{path} is missing or damaged ({error}); delete it: it is then made again"
         ) from error
     shape = metadata.get("tree", "")
-    if metadata.get("schema") != str(SCHEMA) or metadata.get("xxh3_128") != _digest(shape, arrays):
+    intact = (
+        metadata.get("schema") == str(SCHEMA)
+        and metadata.get("xxh3_128") == _digest(shape, arrays)
+        and names == [_name(i) for i in range(len(arrays))]
+    )
+    if not intact:
         raise DataError(
             f"{path} is damaged: its bytes are not those that were written; delete it: it is then "
             "made again"
@@ -101,6 +107,10 @@ def fingerprint(tree: Any) -> str:
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
         digest.update(_bytes(array))
     return digest.hexdigest()
+
+
+def _name(index: int) -> str:
+    return f"{index:06d}"
 
 
 def _digest(shape: str, arrays: list[np.ndarray]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from dh_jax.attribution.price import price_influence, refuse_too_large
 from dh_jax.compose import compose
 from dh_jax.errors import ConfigError
 
+ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.filterwarnings("ignore::dh_jax.influence.estimator.CoverageWarning")
 
 SMALL = [
@@ -40,8 +40,7 @@ def data_file(make_config: Any, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="module")
 def finished(data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("finished") / "run"
-    words = [f"data={data_file}", *SMALL, "self_influence=true", f"out={out}"]
-    assert cli.main(["influence", *words]) == 0
+    assert cli.main(["influence", f"data={data_file}", *SMALL, f"out={out}"]) == 0
     return out
 
 
@@ -51,9 +50,8 @@ def test_the_table_holds_every_document(finished: Path) -> None:
     facts = json.loads((finished / "influence.json").read_text())
     assert facts["scored"] == 30 and facts["queries"] == ["code", "mail", "sums"]
     named = np.stack([table[f"score/{name}"].to_numpy() for name in facts["queries"]])
-    np.testing.assert_allclose(table["score"].to_numpy(), named.mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(table["score"].to_numpy(), named.mean(axis=0), atol=1e-7)
     assert np.ptp(named) > 0 and (np.abs(named) <= 1 + 1e-5).all()  # cosines
-    np.testing.assert_allclose(table["self_influence"].to_numpy(), 1, atol=1e-4)
     assert set(table["source"].to_pylist()) <= {"code", "mail", "sums"}
     assert all(len(document) == 16 for document in table["document"].to_pylist())
 
@@ -70,62 +68,67 @@ def test_the_report_shows_the_extreme_documents_escaped(finished: Path) -> None:
     assert "<script" not in page and 'class="up"' in page
 
 
-def test_the_same_command_goes_on_and_another_is_refused(
+def test_other_inputs_are_refused_by_name(
     finished: Path, data_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = {p: p.read_bytes() for p in (finished / "scores" / "shards").iterdir()}
-    lost = sorted(before)[1]
-    lost.unlink()
-    words = [f"data={data_file}", *SMALL, "self_influence=true", f"out={finished}"]
-    assert cli.main(["influence", *words]) == 0
-    columns = ("scores_KN",)
-    del columns
-    from dh_jax.influence.trees import read_tree
-
-    for path in before:
-        again = read_tree(path)
-        if path == lost:
-            path.write_bytes(before[path])
-            np.testing.assert_array_equal(again.scores_KN, read_tree(path).scores_KN)
-    capsys.readouterr()
     for change, named in (
         ("estimator=gradient_dot", "estimator.name"),
         ("model.init_scale=0.03", "model"),
         ("data.max_length=48", "data.row_length"),
         ("queries.probes=[mail]", "queries.batches"),
     ):
-        assert cli.main(["influence", *words, change]) == 2
+        words = [f"data={data_file}", *SMALL, f"out={finished}", change]
+        assert cli.main(["influence", *words]) == 2
         said = capsys.readouterr().err
         assert "holds scores of other inputs" in said and named in said
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_scores(
     finished: Path, data_file: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "killed"
-    words = [f"data={data_file}", *SMALL, "self_influence=true", f"out={out}"]
+    words = [f"data={data_file}", *SMALL, f"out={out}"]
+    index = int(np.random.default_rng().integers(0, 8))
     program = (
         "import sys, os, signal\n"
         "from dh_jax.influence.score_store import ScoreStore\n"
         "from dh_jax import cli\n"
         "write = ScoreStore.write\n"
         "def dying(self, index, shard):\n"
+        f"    if index == {index}: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    write(self, index, shard)\n"
-        "    if index == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
         "ScoreStore.write = dying\n"
         "cli.main(sys.argv[1:])\n"
     )
     died = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program, "influence", *words],
-        env=os.environ | {"PYTHONPATH": os.getcwd()}, capture_output=True, check=False,
+        cwd=ROOT, capture_output=True, check=False,
     )  # fmt: skip
     assert died.returncode == -signal.SIGKILL, died.stderr.decode()
     assert not (out / "scores.parquet").exists()
+    if index:
+        (out / "scores" / "shards" / "000000.safetensors").unlink()  # scored again as well
     assert cli.main(["influence", *words]) == 0
     ours = pq.read_table(out / "scores.parquet")
     theirs = pq.read_table(finished / "scores.parquet")
     for name in ours.column_names:
         assert ours[name].to_pylist() == theirs[name].to_pylist(), name
+
+
+@pytest.mark.slow
+def test_ekfac_with_thin_queries_self_influence_and_texts(data_file: Path, tmp_path: Path) -> None:
+    words = [
+        f"data={data_file}", *SMALL, f"out={tmp_path}", "estimator=ekfac", "self_influence=true",
+        "queries.low_rank=4", "queries.texts=['def mean(data): return sum(data)']",
+        "queries.probes=[sums]", "estimator.fit_documents=20",
+    ]  # fmt: skip
+    assert cli.main(["influence", *words]) == 0
+    table = pq.read_table(tmp_path / "scores.parquet")
+    assert table.column_names[-3:] == ["score/sums", "score/text 1", "self_influence"]
+    assert (table["self_influence"].to_numpy() > 0).all()
+    page = (tmp_path / "report.html").read_text()
+    assert "Queries are kept at rank 4" in page and "damping 0.1" in page
 
 
 def test_a_dry_run_prices_and_a_limit_refuses(
@@ -140,6 +143,7 @@ def test_a_dry_run_prices_and_a_limit_refuses(
     assert "above memory_limit 0.01" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_more_queries_cost_more_memory(data_file: Path) -> None:
     few, many = (
         price_influence(
@@ -149,7 +153,7 @@ def test_more_queries_cost_more_memory(data_file: Path) -> None:
     )
     assert many.queries == 9 and many.query_bytes == 3 * few.query_bytes
     assert many.bytes > few.bytes
-    with pytest.raises(ConfigError, match="queries.low_rank"):
+    with pytest.raises(ConfigError, match=r"queries\.low_rank"):
         refuse_too_large(many, many.bytes / 2**30 / 2)
 
 
