@@ -212,7 +212,7 @@ def score_documents(opened: Opened, listener: Listener = lambda *_: None) -> Don
             }
             if found.self_N is not None:
                 columns["self_influence"] = found.self_N
-            store.write(found.index, Shard(found.checksum, found.values_KN, columns))
+            store.write(found.batch, Shard(found.checksum, found.values_KN, columns))
             done += len(found.row_N)
             started = time.perf_counter()
             listener("scoring", done, config.documents)

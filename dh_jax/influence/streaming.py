@@ -23,7 +23,7 @@ from dh_jax.influence.objective import checked, refuse_non_finite
 class Scored(NamedTuple):
     """The documents of one batch, in the order of rows and, within a row, of segments."""
 
-    index: int  # of the batch
+    batch: int  # its number
     checksum: str  # of the batch, see `dh_jax.batch.checksum`
     values_KN: np.ndarray  # positive = harmful
     self_N: np.ndarray | None  # self-influence, where it was asked for

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 import xxhash
 from safetensors import SafetensorError, safe_open
@@ -122,7 +121,8 @@ def _digest(shape: str, arrays: list[np.ndarray]) -> str:
 
 
 def _bytes(array: np.ndarray) -> Any:
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    flat: Any = np.ascontiguousarray(array).reshape(-1)
+    return memoryview(flat.view(np.uint8))
 
 
 def _shape(tree: Any, arrays: list[np.ndarray]) -> Any:
@@ -163,6 +163,3 @@ def _tree(shape: dict[str, Any], arrays: list[np.ndarray]) -> Any:
         return kind(**{field: _tree(value, arrays) for field, value in shape["fields"]})
     kind_name, values = next(iter(shape.items()))
     return {"list": list, "tuple": tuple}[kind_name](_tree(value, arrays) for value in values)
-
-
-assert np.dtype(ml_dtypes.bfloat16).name in CODES  # NumPy knows it by this import

@@ -139,7 +139,7 @@ def test_a_damaged_manifest_or_shard_is_named(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(DataError, match="000000.safetensors is damaged"):
+    with pytest.raises(DataError, match=r"000000\.safetensors is damaged"):
         store.scored(0)
     manifest = store.folder / "store.json"
     manifest.write_text(manifest.read_text().replace("abc", "abd"))

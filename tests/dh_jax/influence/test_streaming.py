@@ -13,7 +13,7 @@ import pytest
 from dh_jax.batch import checksum
 from dh_jax.errors import ConfigError, DataError, StateError
 from dh_jax.influence.empirical_fisher import woodbury
-from dh_jax.influence.estimator import score
+from dh_jax.influence.estimator import gather_gradients, score
 from dh_jax.influence.first_order import gradient_cosine, gradient_dot
 from dh_jax.influence.objective import NotFinite, Objective, Scope
 from dh_jax.influence.queries import prepare, prepare_means
@@ -52,7 +52,13 @@ def streamed(make, prepared, **options):
     return list(stream(estimator, params, state, prepared, iter(data()[0]), KEY, **options))
 
 
-@pytest.mark.parametrize("make", [gradient_dot, gradient_cosine, woodbury])
+MAKERS = [
+    gradient_cosine,
+    *(pytest.param(m, marks=pytest.mark.slow) for m in (gradient_dot, woodbury)),
+]
+
+
+@pytest.mark.parametrize("make", MAKERS)
 def test_a_stream_gives_the_scores_of_the_loop_in_memory(make):
     estimator, params, state, prepared = made(make)
     documents, queries = data()
@@ -60,7 +66,7 @@ def test_a_stream_gives_the_scores_of_the_loop_in_memory(make):
     parts = streamed(make, prepared)
     np.testing.assert_array_equal(np.concatenate([p.values_KN for p in parts], 1), want.values_KN)
     for part, batch in zip(parts, documents, strict=True):
-        assert part.checksum == checksum(batch) and (part.source_N == part.index).all()
+        assert part.checksum == checksum(batch) and (part.source_N == part.batch).all()
         assert part.targets_N.sum() == batch.loss_mask_BT.sum()
 
 
@@ -78,47 +84,49 @@ def test_documents_of_packed_rows_come_in_order():
     assert max(p.segment_N.max() for p in parts) > 1
 
 
-def test_queries_in_blocks_equal_all_at_once():
-    for make in (gradient_cosine, woodbury):
-        estimator, params, state, whole = made(make)
-        blocks = prepare(estimator, params, state, data()[1], KEY)
-        for path, x in whole.items():
-            close = 1e-5 * np.abs(x).max()
-            np.testing.assert_allclose(blocks[path], x, atol=close, err_msg=path)
+@pytest.mark.parametrize("make", MAKERS)
+def test_queries_in_blocks_equal_all_at_once(make):
+    estimator, params, state, whole = made(make)
+    blocks = prepare(estimator, params, state, data()[1], KEY)
+    for path, x in whole.items():
+        close = 1e-5 * np.abs(x).max()
+        np.testing.assert_allclose(blocks[path], x, atol=close, err_msg=path)
 
 
-def test_a_mean_query_has_the_mean_of_its_documents_scores():
-    for make in (gradient_dot, woodbury):
-        estimator, params, state, whole = made(make)
-        means = prepare_means(estimator, params, state, [data()[1], data()[1][:1]], KEY)
-        each = np.concatenate([p.values_KN for p in streamed(make, whole)], 1)
-        ours = np.concatenate([p.values_KN for p in streamed(make, means)], 1)
-        scale = np.abs(each).max()
-        np.testing.assert_allclose(ours[0], each.mean(0), atol=1e-5 * scale)
-        np.testing.assert_allclose(ours[1], each[:2].mean(0), atol=1e-5 * scale)
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [gradient_dot, woodbury])
+def test_a_mean_query_has_the_mean_of_its_documents_scores(make):
+    estimator, params, state, whole = made(make)
+    means = prepare_means(estimator, params, state, [data()[1], data()[1][:1]], KEY)
+    each = np.concatenate([p.values_KN for p in streamed(make, whole)], 1)
+    ours = np.concatenate([p.values_KN for p in streamed(make, means)], 1)
+    scale = np.abs(each).max()
+    np.testing.assert_allclose(ours[0], each.mean(0), atol=1e-5 * scale)
+    np.testing.assert_allclose(ours[1], each[:2].mean(0), atol=1e-5 * scale)
 
 
 def test_the_cosine_of_a_mean_query_is_with_the_mean_gradient():
-    _, _, _, dot = made(gradient_dot)
     estimator, params, state, _ = made(gradient_cosine)
+    dot = gather_gradients(jax.jit(estimator.door.gradients), SCOPE, params, data()[1], KEY)
     means = prepare_means(estimator, params, state, [data()[1]], KEY)
     flat = np.concatenate([np.asarray(x).reshape(len(x), -1) for x in dot.values()], 1).mean(0)
     ours = np.concatenate([np.asarray(means[p]).reshape(-1) for p in dot])
     np.testing.assert_allclose(ours, flat / np.linalg.norm(flat), atol=1e-6)
 
 
-def test_tokens_add_up_to_their_documents_score():
-    for make in (gradient_dot, gradient_cosine, woodbury):
-        estimator, params, _, prepared = made(make)
-        batch = data()[0][1]
-        shares_KBT = np.asarray(estimator.by_token(params, prepared, batch, KEY))
-        part = streamed(make, prepared)[1]
-        own_NT = batch.segment_ids_BT[part.row_N] == part.segment_N[:, None]
-        sums_KN = (shares_KBT[:, part.row_N] * own_NT).sum(-1)
-        np.testing.assert_allclose(sums_KN, part.values_KN, atol=1e-5 * np.abs(sums_KN).max())
-        assert (shares_KBT[:, ~batch.loss_mask_BT] == 0).all()
+@pytest.mark.parametrize("make", MAKERS)
+def test_tokens_add_up_to_their_documents_score(make):
+    estimator, params, _, prepared = made(make)
+    batch = data()[0][1]
+    shares_KBT = np.asarray(estimator.by_token(params, prepared, batch, KEY))
+    part = streamed(make, prepared)[1]
+    own_NT = batch.segment_ids_BT[part.row_N] == part.segment_N[:, None]
+    sums_KN = (shares_KBT[:, part.row_N] * own_NT).sum(-1)
+    np.testing.assert_allclose(sums_KN, part.values_KN, atol=1e-5 * np.abs(sums_KN).max())
+    assert (shares_KBT[:, ~batch.loss_mask_BT] == 0).all()
 
 
+@pytest.mark.slow
 def test_self_influence_is_the_quadratic_form_of_a_documents_gradient():
     estimator, params, state, _ = made(woodbury)
     part = streamed(woodbury, made(woodbury)[3], self_influence=True)[0]
@@ -175,19 +183,19 @@ def test_thin_queries_need_taps():
 
 
 def test_batches_that_are_scored_are_passed_over_if_they_are_the_same():
-    _, _, _, prepared = made(gradient_dot)
+    _, _, _, prepared = made(gradient_cosine)
     marks = {i: checksum(b) for i, b in enumerate(data()[0][:2])}
-    assert [p.index for p in streamed(gradient_dot, prepared, scored=marks.get)] == [2]
+    assert [p.batch for p in streamed(gradient_cosine, prepared, scored=marks.get)] == [2]
     marks[1] = "0" * 16
     with pytest.raises(StateError, match="batch 1 is another one than was scored"):
-        streamed(gradient_dot, prepared, scored=marks.get)
+        streamed(gradient_cosine, prepared, scored=marks.get)
 
 
 def test_what_is_not_finite_is_named():
-    estimator, params, state, prepared = made(gradient_dot)
+    estimator, params, state, prepared = made(gradient_cosine)
     bad = {**prepared, "down/kernel": prepared["down/kernel"].at[0, 0, 0].set(jnp.nan)}
     with pytest.raises(NotFinite, match=r"batch 0, row 0, document \(segment\) 1") as found:
-        streamed(gradient_dot, bad)
+        streamed(gradient_cosine, bad)
     assert (found.value.index, found.value.row, found.value.segment) == (0, 0, 1)
     with pytest.raises(DataError, match="no document with a target"):
         empty = data()[1][0]._replace(loss_mask_BT=np.zeros((3, T), bool))
