@@ -174,10 +174,10 @@ def print_influence_price(price: InfluencePrice, console: Console) -> None:
     ):
         table.add_row(name, f"{seconds / 60:,.1f}")
     console.print(table)
+    console.print(f"parameters {price.parameters:,}, {price.coverage:.0%} of them looked at")
     console.print(
-        f"parameters {price.parameters:,}, {price.coverage:.0%} of them looked at   "
-        f"queries {price.queries} ({price.query_bytes / 2**30:.2f} GiB)   "
-        f"memory at the peak about {price.bytes / 2**30:.1f} GiB"
+        f"memory about {price.bytes / 2**30:.1f} GiB at the peak; "
+        f"{price.queries} queries take {price.query_bytes / 2**30:.2f} GiB"
     )
 
 

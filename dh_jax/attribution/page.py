@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -21,12 +21,6 @@ from dh_jax.report.plots import NARROW, WIDE, Drawing
 
 HERE = Path(__file__).resolve().parent
 MILLION = 1_000_000
-
-
-class Text(NamedTuple):
-    """The first words of a document, for its heading."""
-
-    first_words: str
 
 
 def write_report(path: Path, findings: Findings, facts: Mapping[str, Any]) -> None:
@@ -50,8 +44,8 @@ def render(findings: Findings, facts: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        amount=finding.amount, percent=finding.percent, seconds=finding.seconds,
-        figure=figure, first_words=first_words, visible=visible,
+        amount=finding.amount, percent=finding.percent, duration=duration,
+        figure=figures(findings), first_words=first_words, visible=visible,
     )  # fmt: skip
     return environment.get_template("page.html").render(
         findings=findings,
@@ -65,17 +59,32 @@ def render(findings: Findings, facts: Mapping[str, Any]) -> str:
         million=MILLION * findings.seconds / max(findings.documents, 1),
         levels=LEVELS,
         every=EVERY,
-        nan=math.isnan,
         style=Markup(stylesheet() + (HERE / "page.css").read_text(encoding="utf-8")),
         config_text=OmegaConf.to_yaml(OmegaConf.create(dict(facts["config"]))),
     )
 
 
-def figure(value: float) -> str:
-    """Helpfulness in four figures, with its sign; scales differ by estimator."""
-    if not math.isfinite(value):
-        return "–"
-    return f"{value:+.4g}".replace("-", "\u2212")
+def figures(findings: Findings) -> Callable[[float], str]:
+    """Helpfulness with a sign and as many decimals as tell documents apart; scales differ by
+    estimator, so the largest value decides for the whole page."""
+    shown = [d.helpfulness for s in findings.sections for d in (*s.helpful, *s.harmful)]
+    most = max((abs(x) for x in shown if math.isfinite(x)), default=0.0)
+    power = math.floor(math.log10(most)) if most else 0
+
+    def figure(value: float) -> str:
+        if not math.isfinite(value):
+            return "–"
+        plain = -4 <= power <= 5
+        text = f"{value:+.{max(0, 2 - power)}f}" if plain else f"{value:+.2e}"
+        return text.replace("-", "\u2212")
+
+    return figure
+
+
+def duration(seconds: float) -> str:
+    """As in other reports; in days where hours would be hundreds."""
+    days = seconds / 86_400
+    return f"{days:,.0f} days" if days >= 3 else finding.seconds(seconds)
 
 
 def first_words(shown: Shown) -> str:
@@ -104,6 +113,11 @@ def notes(findings: Findings, facts: Mapping[str, Any]) -> list[str]:
             f"Only {finding.percent(facts['coverage'])} of the parameters are looked at; what "
             "the others would say is not known."
         )
+        if facts["config"]["model"]["tied"] and facts["config"]["estimator"]["taps"]:
+            said[-1] += (
+                " The embedding is among those left out: it is the head as well, and gradients "
+                "by taps see but one of its uses."
+            )
     estimator = facts["config"]["estimator"]["name"]
     if estimator.startswith("gradient_"):
         said.append(
@@ -118,14 +132,13 @@ def notes(findings: Findings, facts: Mapping[str, Any]) -> list[str]:
             f"Queries are kept at rank {facts['config']['queries']['low_rank']}: "
             f"{finding.percent(max(errors))} of a query's norm is left out at most."
         )
-    left_out = {
-        name: {reason: count for reason, count in reasons.items() if count}
-        for name, reasons in facts["skipped"].items()
-    }
-    for name, reasons in left_out.items():
-        if reasons:
-            counts = ", ".join(f"{r.replace('_', ' ')} {c:,}" for r, c in reasons.items())
-            said.append(f"Left out of {name}: {counts}.")
+    reasons: dict[str, list[str]] = {}
+    for source, counts in facts["skipped"].items():
+        for reason, count in counts.items():
+            if count:
+                reasons.setdefault(reason, []).append(f"{source} {count:,}")
+    for reason, each in reasons.items():
+        said.append(f"Left out, {reason.replace('_', ' ')}: {', '.join(each)}.")
     return said
 
 
