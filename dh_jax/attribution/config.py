@@ -12,7 +12,6 @@ from typing import Any
 
 from dh_jax.config import (
     DataConfig,
-    MeshConfig,
     ModelConfig,
     load_data_config,
     suggest,
@@ -51,7 +50,6 @@ class AttributionConfig:
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
     queries: QueryConfig = field(default_factory=QueryConfig)
     run: str | None = None  # a run's folder: its model config, and the newest checkpoint's weights

@@ -66,6 +66,7 @@ class Findings(NamedTuple):
     documents: int
     tokens: int
     seconds: float  # of scoring alone
+    pace: float  # seconds a document, of a typical batch: the first one also compiles
     self_influence: dict[str, float]  # mean by source, where it was asked for
 
 
@@ -78,6 +79,7 @@ def find(opened: Opened, store: ScoreStore, prepared: Prepared, key: jax.Array) 
     groups, own = Groups(len(shown), len(sources)), Groups(1, len(sources))
     values: list[list[list[float]]] = [[[] for _ in sources] for _ in shown]
     documents = tokens = 0
+    paces: list[float] = []
     seconds = 0.0
     with_self = False
     for shard in store.shards():
@@ -94,7 +96,9 @@ def find(opened: Opened, store: ScoreStore, prepared: Prepared, key: jax.Array) 
             own.add(shard.columns["self_influence"][None], source_N)
         documents += len(source_N)
         tokens += int(shard.columns["tokens"].sum())
-        seconds += float(shard.columns["seconds"][:1].sum())
+        took = float(shard.columns["seconds"][:1].sum())
+        seconds += took
+        paces.append(took / max(len(source_N), 1))
     chosen = {
         (k, end): numbers
         for k in range(len(shown))
@@ -111,6 +115,7 @@ def find(opened: Opened, store: ScoreStore, prepared: Prepared, key: jax.Array) 
         documents,
         tokens,
         seconds,
+        float(np.median(paces)),
         dict(zip(sources, own.result().mean_KM[0].tolist(), strict=True)) if with_self else {},
     )
 

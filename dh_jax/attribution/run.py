@@ -158,7 +158,10 @@ def score_documents(opened: Opened, listener: Listener = lambda *_: None) -> Don
 
     def fit() -> Any:
         listener("fitting", 0, None)
-        return estimator.fit(params, _first_batches(opened), key)
+        try:
+            return estimator.fit(params, _first_batches(opened), key)
+        except NotFinite as error:
+            raise _naming_document(opened, error) from error
 
     def queries() -> Prepared:
         listener("preparing queries", 0, None)
@@ -217,12 +220,18 @@ def score_documents(opened: Opened, listener: Listener = lambda *_: None) -> Don
             started = time.perf_counter()
             listener("scoring", done, config.documents)
     except NotFinite as error:
-        place = opened.rows.places(np.array([error.row]), np.array([error.segment]))
-        raise DataError(
-            f"{error}; it is document {document_name(int(place.document_N[0]))} from token "
-            f"{int(place.offset_N[0])} on"
-        ) from error
+        raise _naming_document(opened, error) from error
     return Done(store, prepared, error)
+
+
+def _naming_document(opened: Opened, error: NotFinite) -> DataError:
+    """The error with the document's id, which its batch and row are looked up for."""
+    for index, _ in enumerate(opened.rows):
+        if index == error.index:
+            break
+    place = opened.rows.places(np.array([error.row]), np.array([error.segment]))
+    name, offset = document_name(int(place.document_N[0])), int(place.offset_N[0])
+    return DataError(f"{error}; it is document {name} from its token {offset} on")
 
 
 def _first_batches(opened: Opened) -> list[Batch]:

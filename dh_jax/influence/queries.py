@@ -76,7 +76,7 @@ def mean_gradients(
     health = jax.jit(door.health)  # compiled only where something is wrong
 
     def mean(data: Data) -> Blocks:
-        found: Blocks = {}
+        summed: Blocks = {}
         documents = 0
         for index, batch, batch_key in checked(data, scope, key):
             there_BS = has_target(batch, scope)
@@ -85,12 +85,18 @@ def mean_gradients(
             if not all(bool(jnp.isfinite(x).all()) for x in more.values()):
                 refuse_non_finite(index, "gradient", health(params, batch, batch_key))
                 raise DataError(f"batch {index}: the sum of its gradients is not finite")
-            found = _add(found, more) if found else more
+            summed = _add(summed, more) if summed else more
         if not documents:
-            raise DataError("a group of queries has no document with a target to learn")
-        return {path: x / documents for path, x in found.items()}
+            raise DataError("its group has no document with a target to learn")
+        return {path: x / documents for path, x in summed.items()}
 
-    return join([mean(group) for group in groups])
+    found = []
+    for number, group in enumerate(groups, 1):
+        try:
+            found.append(mean(group))
+        except DataError as error:
+            raise DataError(f"query {number} of {len(groups)}: {error}") from error
+    return join(found)
 
 
 @jax.jit

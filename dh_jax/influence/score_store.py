@@ -105,9 +105,9 @@ def open_scores(folder: Path, identity: Mapping[str, Any]) -> ScoreStore:
     wanted = json.loads(json.dumps(identity))
     path = folder / MANIFEST
     if not path.exists():
-        if (folder / "shards").exists():
+        if any(folder.glob("shards/*.safetensors")):
             raise DataError(f"{path} is missing beside shards of scores; take another folder")
-        (folder / "shards").mkdir(parents=True)
+        (folder / "shards").mkdir(parents=True, exist_ok=True)
         content = {"schema": SCHEMA, "identity": wanted}
         write_json(path, content | {"self": _digest(content)})
         return ScoreStore(folder, wanted)

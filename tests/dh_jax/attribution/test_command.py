@@ -18,8 +18,9 @@ from omegaconf import OmegaConf
 from dh_jax import cli
 from dh_jax.attribution.config import AttributionConfig
 from dh_jax.attribution.price import price_influence, refuse_too_large
+from dh_jax.attribution.run import open_influence, score_documents
 from dh_jax.compose import compose
-from dh_jax.errors import ConfigError
+from dh_jax.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.filterwarnings("ignore::dh_jax.influence.estimator.CoverageWarning")
@@ -130,6 +131,44 @@ def test_ekfac_with_thin_queries_self_influence_and_texts(data_file: Path, tmp_p
     assert (table["self_influence"].to_numpy() > 0).all()
     page = (tmp_path / "report.html").read_text()
     assert "Queries are kept at rank 4" in page and "damping 0.1" in page
+
+
+@pytest.mark.slow
+def test_a_runs_checkpoint_is_what_is_measured(data_file: Path, tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    few = [
+        "training.steps=2", "training.batch_size=2", "training.eval_rows=2",
+        "training.eval_interval=2", "training.warmup=1",
+    ]  # fmt: skip
+    shape = [word for word in SMALL if word.startswith("model.")]
+    assert cli.main(["train", f"data={data_file}", *shape, *few, f"out={run}"]) == 0
+    others = [word for word in SMALL if not word.startswith("model.")]
+    words = [f"data={data_file}", *others, "tinted=0", f"run={run}", f"out={out}"]
+    assert cli.main(["influence", *words]) == 0
+    facts = json.loads((out / "influence.json").read_text())
+    assert facts["model"] == f"{run}, step 2" and facts["config"]["model"]["width"] == 16
+    assert cli.main(["influence", *words[:-2], f"run={tmp_path}", f"out={out}"]) == 2
+
+
+@pytest.mark.slow
+def test_a_score_that_is_not_finite_names_batch_and_document(
+    finished: Path, data_file: Path
+) -> None:
+    config = compose(
+        "attribution", AttributionConfig, [f"data={data_file}", *SMALL, f"out={finished}"]
+    )
+    opened = open_influence(config)
+    params = opened.model.params
+    params["final_norm"]["scale"] = params["final_norm"]["scale"].at[0].set(np.nan)
+    shard = finished / "scores" / "shards" / "000004.safetensors"
+    kept = shard.read_bytes()
+    shard.unlink()
+    third = pq.read_table(finished / "scores.parquet")["document"][8].as_py()
+    try:
+        with pytest.raises(DataError, match=f"batch 4, row 0, .*it is document {third}"):
+            score_documents(opened)
+    finally:
+        shard.write_bytes(kept)
 
 
 @pytest.mark.slow

@@ -197,6 +197,6 @@ def test_what_is_not_finite_is_named():
     with pytest.raises(NotFinite, match=r"batch 0, row 0, document \(segment\) 1") as found:
         streamed(gradient_cosine, bad)
     assert (found.value.index, found.value.row, found.value.segment) == (0, 0, 1)
-    with pytest.raises(DataError, match="no document with a target"):
+    with pytest.raises(DataError, match=r"query 1 of 1: its group has no document"):
         empty = data()[1][0]._replace(loss_mask_BT=np.zeros((3, T), bool))
         prepare_means(estimator, params, state, [[empty]], KEY)
