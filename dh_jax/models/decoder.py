@@ -27,7 +27,7 @@ from dh_jax.distributed.placement import constrain
 from dh_jax.errors import ConfigError
 from dh_jax.models.attention import Attend, Attention, head_width
 from dh_jax.models.kernels import blocked
-from dh_jax.models.layers import MLP, Linear, RMSNorm
+from dh_jax.models.layers import MLP, Linear, RMSNorm, product
 from dh_jax.models.losses import chunked_cross_entropy
 from dh_jax.models.rotary import rotary, rotary_angles
 from dh_jax.models.taps import Tape, named, under
@@ -77,7 +77,7 @@ class Decoder(nnx.Module):
         self.embed = nnx.Embed(
             vocab_size, config.width, dtype=config.dtype, embedding_init=normal, rngs=rngs
         )
-        self.scanned = config.scan_layers
+        self.scanned, self.precision = config.scan_layers, config.precision
         self.layers: Any
         if config.scan_layers:  # the plan of one; its parameters are those of all, stacked
             self.layers = Block(config, rngs=rngs)
@@ -159,7 +159,7 @@ class Decoder(nnx.Module):
         else:
             kernel_DV = self.head.kernel[...]
         kernel_DV = kernel_DV.astype(hidden_BTD.dtype)
-        logits_BTV = jnp.matmul(hidden_BTD, kernel_DV, preferred_element_type=jnp.float32)
+        logits_BTV = product(hidden_BTD, kernel_DV, self.precision, jnp.float32)
         return constrain(logits_BTV, "BTV")
 
 
