@@ -111,12 +111,19 @@ class Decoder(nnx.Module):
             x_BTD = block(x_BTD, angles, attend, inner)
             return x_BTD, inner.kept
 
+        x_BTD, kept = self.through(tokens_BT, one, tape.taps_of("layers"), tape)
+        tape.kept.update(named(kept, "layers"))
+        return x_BTD
+
+    def through(
+        self, tokens_BT: Array, one: OneLayer, given: dict[str, Array], tape: Tape
+    ) -> tuple[Array, dict[str, Array]]:
+        """From tokens to the last norm, each layer as ``one`` has it; see `each_layer`."""
         # As the look-up leaves it, then by rows: XLA would gather the rows of all devices else.
         x_BTD = constrain(constrain(self.embed(tokens_BT), "bTd"), "BTD")
         x_BTD = tape.inside("embed")(tokens_BT, x_BTD)
-        x_BTD, kept = self.each_layer(one, x_BTD, tape.taps_of("layers"))
-        tape.kept.update(named(kept, "layers"))
-        return self.final_norm(x_BTD, tape.inside("final_norm"))
+        x_BTD, left = self.each_layer(one, x_BTD, given)
+        return self.final_norm(x_BTD, tape.inside("final_norm")), left
 
     def each_layer(
         self, one: OneLayer, x_BTD: Array, given: dict[str, Array]
