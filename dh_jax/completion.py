@@ -1,7 +1,7 @@
 """A model by its name, and text behind text: what `dh generate` and a notebook call.
 
-    model = open_model("smollm2")
-    for text in complete(model, "The capital of France is", new_tokens=32): ...
+model = open_model("smollm2")
+for text in complete(model, "The capital of France is", new_tokens=32): ...
 """
 
 from __future__ import annotations
@@ -50,9 +50,7 @@ class Written(NamedTuple):
     room: int  # the most tokens that are written
 
 
-def open_model(
-    name: str | Path, *, tokenizer: str | None = None, dtype: str = "float32"
-) -> Opened:
+def open_model(name: str | Path, *, tokenizer: str | None = None, dtype: str = "float32") -> Opened:
     """Read a model and its tokenizer.
 
     Args:

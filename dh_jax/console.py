@@ -173,8 +173,7 @@ def print_written(
             now = following
         console.print()
     else:
-        for now in written:
-            pass
+        now = [now, *written][-1]
         for number, (prompt, text) in enumerate(zip(prompts, now.texts, strict=True), start=1):
             console.rule(str(number), style="dim", align="left")
             if console.is_terminal:

@@ -88,9 +88,7 @@ def read_arrays(folder: str | Path, like: Any) -> Any:
     if damage := find_damage(path, without=UNCHECKED):
         raise StateError(f"checkpoint {path} is damaged: {damage[0]}")
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like
-    )
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like)
     _refuse_other_shapes(path, abstract)
     handler = ocp.PyTreeCheckpointHandler()
     arguments = ocp.args.PyTreeRestore(
@@ -257,9 +255,7 @@ class Checkpoints:
 
 def _refuse_other_shapes(checkpoint: Path, wanted: Any) -> None:
     """Compare shapes with what a checkpoint says of its arrays, before any is read."""
-    described = ocp.StandardCheckpointHandler().metadata(
-        ocp.utils.epath.Path(checkpoint / ARRAYS)
-    )
+    described = ocp.StandardCheckpointHandler().metadata(ocp.utils.epath.Path(checkpoint / ARRAYS))
     saved = _shapes(described.tree)
     for path, shape in _shapes(wanted).items():
         if saved.get(path) != shape:

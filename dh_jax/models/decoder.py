@@ -26,7 +26,7 @@ from dh_jax.config import validate_model
 from dh_jax.distributed.placement import constrain
 from dh_jax.errors import ConfigError
 from dh_jax.models.attention import Attend, Attention, head_width
-from dh_jax.models.kernels import blocked
+from dh_jax.models.kernels import KERNELS
 from dh_jax.models.layers import MLP, Linear, RMSNorm
 from dh_jax.models.losses import chunked_cross_entropy
 from dh_jax.models.rotary import rotary, rotary_angles
@@ -77,7 +77,7 @@ class Decoder(nnx.Module):
         self.embed = nnx.Embed(
             vocab_size, config.width, dtype=config.dtype, embedding_init=normal, rngs=rngs
         )
-        self.scanned = config.scan_layers
+        self.scanned, self.kernel = config.scan_layers, config.attention
         self.layers: Any
         if config.scan_layers:  # the plan of one; its parameters are those of all, stacked
             self.layers = Block(config, rngs=rngs)
@@ -104,7 +104,7 @@ class Decoder(nnx.Module):
         """
         tape = tape or Tape()
         angles = rotary_angles(self.rotary, positions_BT)
-        attend = partial(blocked, segment_ids_BT=segment_ids_BT)
+        attend = partial(KERNELS[self.kernel], segment_ids_BT=segment_ids_BT)
 
         def one(block: Block, x_BTD: Array, taps: dict[str, Array]) -> tuple[Array, Any]:
             inner = Tape(taps, measuring=tape.measuring)

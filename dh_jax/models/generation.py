@@ -140,10 +140,11 @@ def _aligned(
             raise ConfigError(
                 f"prompt {i} has shape {row.shape}; give at least one token, for example BOS"
             )
-        if row.min() < 0 or row.max() >= vocab_size:
+        strange = row[(row < 0) | (row >= vocab_size)]
+        if len(strange):
             raise ConfigError(
-                f"prompt {i} has the id {max(row.max(), -row.min())}, but the model's vocabulary "
-                f"has {vocab_size}; give the tokenizer the model was trained with"
+                f"prompt {i} has the id {strange[0]}, but the model's vocabulary has {vocab_size}; "
+                "give the tokenizer the model was trained with"
             )
     model: Any = nnx.merge(graph, params)
     longest = max(map(len, rows))
@@ -266,9 +267,7 @@ def _forward(
     """Hidden states and the new cache; ``keep(given, left)`` attends with a layer's part of it."""
     angles = rotary_angles(model.rotary, positions_BT)
 
-    def one(
-        block: Block, x_BTD: Array, given: dict[str, Array]
-    ) -> tuple[Array, dict[str, Array]]:
+    def one(block: Block, x_BTD: Array, given: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
         left: dict[str, Array] = {}
         return block(x_BTD, angles, keep(given, left), Tape()), left
 

@@ -27,33 +27,48 @@ def prompts(lengths: tuple[int, ...] = LENGTHS) -> list[np.ndarray]:
     return [words(rng, length) for length in lengths]
 
 
-def without_cache(graph: Any, params: Any, prompt: np.ndarray, count: int) -> list[int]:
-    """Greedy by a whole forward pass a token, each prompt alone."""
+def without_cache(graph: Any, params: Any, given: list[np.ndarray], count: int) -> np.ndarray:
+    """Greedy by a whole forward pass a token; each prompt is a row of its own."""
     logits = jax.jit(decoder.logits_fn(graph))
-    tokens, length = list(map(int, prompt)), len(prompt) + count
+    length, rows = max(map(len, given)) + count, list(given)
     for _ in range(count):
-        row = pack([[np.array(tokens)]], length)
-        tokens.append(int(np.argmax(logits(params, row)[0, len(tokens) - 1])))
-    return tokens[len(prompt) :]
+        found = np.asarray(logits(params, pack([[row] for row in rows], length)))
+        rows = [np.append(row, found[i, len(row) - 1].argmax()) for i, row in enumerate(rows)]
+    return np.stack([row[-count:] for row in rows])
 
 
-@pytest.mark.parametrize("case", [*FAMILIES, "qwen3 scanned", "llama bfloat16 remat"])
+slow = pytest.mark.slow
+CASES: dict[str, ModelConfig] = {
+    "llama": FAMILIES["llama untied"],
+    "qwen2": dataclasses.replace(FAMILIES["qwen2"], tied=False),  # tied ones repeat themselves
+    "qwen3 scanned": dataclasses.replace(FAMILIES["qwen3"], scan_layers=True),
+}
+SLOW = {
+    "qwen3": FAMILIES["qwen3"],
+    "qwen2 scanned": dataclasses.replace(CASES["qwen2"], scan_layers=True),
+    "llama rematerialised": dataclasses.replace(CASES["llama"], remat="nothing_saveable"),
+    "llama tied": LLAMA,
+}
+
+
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=slow) for case in SLOW)])
 def test_greedy_tokens_are_those_of_whole_forward_passes(case: str) -> None:
-    family = "llama" if "llama bf" in case else case.removesuffix(" scanned")
-    config = dataclasses.replace(FAMILIES[family], scan_layers=case.endswith("scanned"))
-    if "bfloat16" in case:
-        config = dataclasses.replace(config, dtype="bfloat16", remat="nothing_saveable")
-    graph, params = build(config)
-    given = prompts()
-    found = generate(graph, params, given, N)
+    graph, params = build((CASES | SLOW)[case])
+    found = generate(graph, params, prompts(), N)
     assert found.tokens_BN.shape == (3, N) and found.lengths_B.tolist() == [N] * 3
-    for row, prompt in zip(found.tokens_BN, given, strict=True):
-        assert row.tolist() == without_cache(graph, params, prompt, N)
-    assert len({tuple(row) for row in found.tokens_BN}) == 3
+    np.testing.assert_array_equal(found.tokens_BN, without_cache(graph, params, prompts(), N))
+    assert len(set(found.tokens_BN.flat)) > (8 if "tied" not in case else 1)
+
+
+def test_bfloat16_writes_nearly_what_whole_forward_passes_do() -> None:
+    graph, params = build(dataclasses.replace(CASES["llama"], dtype="bfloat16", layers=1))
+    found = generate(graph, params, prompts(), 4).tokens_BN
+    # Sums of another order, rounded to 8 bits: a row may part from the other at a tie.
+    assert (found == without_cache(graph, params, prompts(), 4)).mean() > 0.7
 
 
 def test_adapters_write_as_their_merged_weights_do() -> None:
-    graph, base = build(LLAMA)
+    graph, base = build(CASES["llama"])
     config = LoraConfig(rank=2, targets="query$|mlp/up$")
     adapted, adapters = lora.adapt(graph, base, config, jax.random.key(0))
     rng = np.random.default_rng(0)
@@ -70,8 +85,8 @@ def test_adapters_write_as_their_merged_weights_do() -> None:
 @pytest.mark.filterwarnings("ignore")  # torch's and transformers' own
 def test_greedy_tokens_and_stops_are_those_of_transformers(tmp_path: Path) -> None:
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    graph, params = build(FAMILIES["qwen2"])
-    save_pretrained(tmp_path / "model", FAMILIES["qwen2"], params)
+    graph, params = build(CASES["qwen2"])
+    save_pretrained(tmp_path / "model", CASES["qwen2"], params)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     given, free = prompts(), generate(graph, params, prompts(), N)
     stop = int(free.tokens_BN[1, 4])  # ends one row early
@@ -91,7 +106,7 @@ def test_greedy_tokens_and_stops_are_those_of_transformers(tmp_path: Path) -> No
 
 
 def test_looking_on_changes_nothing_and_ends_when_all_rows_have_stopped() -> None:
-    graph, params = build(LLAMA)
+    graph, params = build(CASES["llama"])
     sampling = Sampling(temperature=1.0)
     whole = generate(graph, params, prompts(), N, sampling=sampling)
     parts = list(stream(graph, params, prompts(), N, sampling=sampling, every=5))
@@ -105,7 +120,7 @@ def test_looking_on_changes_nothing_and_ends_when_all_rows_have_stopped() -> Non
 
 
 def test_a_row_is_drawn_alike_whatever_is_written_beside_it() -> None:
-    graph, params = build(LLAMA)
+    graph, params = build(CASES["llama"])
     sampling, key = Sampling(temperature=1.0), jax.random.key(3)
     three = generate(graph, params, prompts(), N, sampling=sampling, key=key)
     one = generate(graph, params, prompts()[:1], N, sampling=sampling, key=key)
@@ -115,7 +130,7 @@ def test_a_row_is_drawn_alike_whatever_is_written_beside_it() -> None:
 
 
 def test_nothing_is_compiled_again_for_another_prompt_temperature_or_filter_value() -> None:
-    graph, params = build(LLAMA)
+    graph, params = build(CASES["llama"])
     counts = []
     for lengths, sampling in (((3,), (0.5, 5, 0.5)), ((9,), (2.0, 9, 0.9)), ((64,), (1.0, 1, 0.1))):
         generate(graph, params, prompts(lengths), 3, sampling=Sampling(*sampling))
@@ -147,11 +162,14 @@ def literal_filter(logits: np.ndarray, temperature: float, k: int | None, p: flo
     return out / out.sum()
 
 
+FILTERS = jax.jit(truncate)
+
+
 @pytest.mark.parametrize("k", [None, 1, 7, V + 5])
 @pytest.mark.parametrize("p", [None, 0.01, 0.6, 0.97])
 def test_filters_leave_the_tokens_that_their_definition_names(k: Any, p: Any) -> None:
     logits = np.random.default_rng(0).normal(0, 3, (40, V)).astype(np.float32)
-    left = jax.nn.softmax(truncate(jnp.asarray(logits), Sampling(0.7, k, p)), axis=-1)
+    left = jax.nn.softmax(FILTERS(jnp.asarray(logits), Sampling(0.7, k, p)), axis=-1)
     for row, found in zip(logits, np.asarray(left), strict=True):
         wanted = literal_filter(row, 0.7, k, p)
         np.testing.assert_array_equal(found > 0, wanted > 0)
@@ -196,7 +214,7 @@ def test_pairs_of_tokens_are_drawn_with_their_exact_probabilities() -> None:
         ({"prompts": []}, "no prompts"),
         ({"prompts": [[1], []]}, r"prompt 1 has shape \(0,\)"),
         ({"prompts": [[1, V]]}, f"id {V}, but .* has {V}"),
-        ({"prompts": [[-1, 2]]}, "has the id 1|has the id -1"),
+        ({"prompts": [[-1, 2]]}, "has the id -1"),
         ({"new_tokens": 0}, "new_tokens is 0"),
         ({"sampling": Sampling(-1.0)}, "temperature is -1"),
         ({"sampling": Sampling(1.0, top_k=0)}, "top_k is 0"),
@@ -222,7 +240,7 @@ def test_dynamic_scaling_ends_where_its_frequencies_do() -> None:
 # --- SmolLM2 ---------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.filterwarnings("ignore")  # torch's and transformers' own
 def test_smollm2_writes_what_transformers_has_it_write(smollm2_folder: Path) -> None:
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")

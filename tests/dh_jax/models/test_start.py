@@ -6,14 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
+from dh_jax.completion import complete, open_model
 from dh_jax.config import LoraConfig, ModelConfig, RunConfig, TrainingConfig
 from dh_jax.errors import ConfigError
+from dh_jax.models.lora import split
 from dh_jax.models.pretrained import save_pretrained
 from dh_jax.models.start import resolve
 from dh_jax.train import train
-from tests.dh_jax.models.model_cases import build
+from tests.dh_jax.models.model_cases import build, by_path
 
 SHAPE = ModelConfig(width=16, layers=1, heads=2, kv_heads=1, mlp_width=16)
 
@@ -37,6 +41,15 @@ def test_adapters_train_beside_a_pretrained_base(
     evals = [r["domains"] for r in map(json.loads, lines) if r["kind"] == "eval"]
     before, after = (sum(d["loss"] for d in domains.values()) for domains in (evals[0], evals[-1]))
     assert after < before
+    # The checkpoint opens as a model that writes: the base with the trained adapters.
+    opened = open_model(tmp_path / "run")
+    _, adapters = split(opened.params)
+    moved = [x for path, x in by_path(adapters).items() if path.endswith("lora_b")]
+    assert len(moved) == 7 and all(np.abs(x).max() > 0 for x in moved)
+    base, _ = split(opened.params)
+    jax.tree.map(np.testing.assert_array_equal, base, params)
+    (written,) = complete(opened, "def ", new_tokens=1)
+    assert written.tokens == [1]
 
 
 @pytest.mark.parametrize("config", [ModelConfig(pretrained=""), ModelConfig(pretrained="nowhere")])
