@@ -11,7 +11,7 @@ from dh_jax.errors import ConfigError
 from dh_jax.schema import ModelConfig, SourceConfig
 
 WEIGHT_SUM_TOLERANCE = 1e-6
-ATTENTION = ("xla",)  # the only kernel so far
+ATTENTION = ("xla", "pallas")  # see `dh_jax.models.kernels`
 REMAT = ("none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable")
 LINEAR = ("dense", "ternary")
 PRECISION = ("default", "highest")

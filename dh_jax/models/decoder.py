@@ -26,7 +26,7 @@ from dh_jax.config import validate_model
 from dh_jax.distributed.placement import constrain
 from dh_jax.errors import ConfigError
 from dh_jax.models.attention import Attend, Attention, head_width
-from dh_jax.models.kernels import blocked
+from dh_jax.models.kernels import KERNELS
 from dh_jax.models.layers import MLP, Linear, RMSNorm, product
 from dh_jax.models.losses import chunked_cross_entropy
 from dh_jax.models.rotary import rotary, rotary_angles
@@ -77,7 +77,8 @@ class Decoder(nnx.Module):
         self.embed = nnx.Embed(
             vocab_size, config.width, dtype=config.dtype, embedding_init=normal, rngs=rngs
         )
-        self.scanned, self.precision = config.scan_layers, config.precision
+        self.scanned, self.kernel = config.scan_layers, config.attention
+        self.precision = config.precision
         self.layers: Any
         if config.scan_layers:  # the plan of one; its parameters are those of all, stacked
             self.layers = Block(config, rngs=rngs)
@@ -104,19 +105,26 @@ class Decoder(nnx.Module):
         """
         tape = tape or Tape()
         angles = rotary_angles(self.rotary, positions_BT)
-        attend = partial(blocked, segment_ids_BT=segment_ids_BT)
+        attend = partial(KERNELS[self.kernel], segment_ids_BT=segment_ids_BT)
 
         def one(block: Block, x_BTD: Array, taps: dict[str, Array]) -> tuple[Array, Any]:
             inner = Tape(taps, measuring=tape.measuring)
             x_BTD = block(x_BTD, angles, attend, inner)
             return x_BTD, inner.kept
 
+        x_BTD, kept = self.through(tokens_BT, one, tape.taps_of("layers"), tape)
+        tape.kept.update(named(kept, "layers"))
+        return x_BTD
+
+    def through(
+        self, tokens_BT: Array, one: OneLayer, given: dict[str, Array], tape: Tape
+    ) -> tuple[Array, dict[str, Array]]:
+        """From tokens to the last norm, each layer as ``one`` has it; see `each_layer`."""
         # As the look-up leaves it, then by rows: XLA would gather the rows of all devices else.
         x_BTD = constrain(constrain(self.embed(tokens_BT), "bTd"), "BTD")
         x_BTD = tape.inside("embed")(tokens_BT, x_BTD)
-        x_BTD, kept = self.each_layer(one, x_BTD, tape.taps_of("layers"))
-        tape.kept.update(named(kept, "layers"))
-        return self.final_norm(x_BTD, tape.inside("final_norm"))
+        x_BTD, left = self.each_layer(one, x_BTD, given)
+        return self.final_norm(x_BTD, tape.inside("final_norm")), left
 
     def each_layer(
         self, one: OneLayer, x_BTD: Array, given: dict[str, Array]

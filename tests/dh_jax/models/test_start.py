@@ -8,18 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
+from dh_jax.completion import complete, open_model
 from dh_jax.config import LoraConfig, MeshConfig, ModelConfig, RunConfig, TrainingConfig
 from dh_jax.distributed.mesh import make_mesh
 from dh_jax.dryrun import abstract_step, step_bytes
 from dh_jax.errors import ConfigError
 from dh_jax.functions import as_argument
 from dh_jax.models import decoder
+from dh_jax.models.lora import split
 from dh_jax.models.pretrained import save_pretrained
 from dh_jax.models.start import abstract_start, resolve, start
 from dh_jax.train import train
-from tests.dh_jax.models.model_cases import build
+from tests.dh_jax.models.model_cases import build, by_path
 
 SHAPE = ModelConfig(width=16, layers=1, heads=2, kv_heads=1, mlp_width=16)
 
@@ -43,6 +46,15 @@ def test_adapters_train_beside_a_pretrained_base(
     evals = [r["domains"] for r in map(json.loads, lines) if r["kind"] == "eval"]
     before, after = (sum(d["loss"] for d in domains.values()) for domains in (evals[0], evals[-1]))
     assert after < before
+    # The checkpoint opens as a model that writes: the base with the trained adapters.
+    opened = open_model(tmp_path / "run")
+    _, adapters = split(opened.params)
+    moved = [x for path, x in by_path(adapters).items() if path.endswith("lora_b")]
+    assert len(moved) == 7 and all(np.abs(x).max() > 0 for x in moved)
+    base, _ = split(opened.params)
+    jax.tree.map(np.testing.assert_array_equal, base, params)
+    (written,) = complete(opened, "def ", new_tokens=1)
+    assert written.tokens == [1]
 
 
 @pytest.mark.parametrize(("rank", "scan"), [(0, False), (2, False), (2, True)])
