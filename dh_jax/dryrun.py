@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dh_jax.batch import Batch
 from dh_jax.config import ModelConfig, TrainingConfig
-from dh_jax.distributed.mesh import ROWS, row_ways
+from dh_jax.distributed.mesh import ROWS
 from dh_jax.distributed.placement import AnyMesh, check_heads, on_mesh, param_shardings
 from dh_jax.influence.optimizer import InfluenceAwareOptimizer
 from dh_jax.mixing.policy import uniform
@@ -71,7 +71,7 @@ def abstract_step(
         make_optimizer(training), uniform(), source_names=names, weights=[1 / sources] * sources
     )
     graph = decoder.abstract_graph(model, vocab_size)
-    loss_fn = on_mesh(decoder.loss_fn(graph, decoder.LOSS_CHUNK * row_ways(mesh)), mesh)
+    loss_fn = on_mesh(decoder.loss_fn(graph), mesh)
     params = _placed(decoder.abstract_params(model, vocab_size), mesh)
     state = _placed(jax.eval_shape(optimizer.init, params), mesh)
     whole = NamedSharding(mesh, PartitionSpec())

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from dh_jax.distributed.placement import constrain
 from dh_jax.models.taps import Tape
@@ -67,18 +68,29 @@ class Linear(nnx.Module):
         given = x_BTI = x_BTI.astype(self.dtype)
         if self.form == "ternary":
             kernel_IO, given = ternary(kernel_IO), int8_rows(x_BTI)
-        y_BTO = given @ kernel_IO.astype(self.dtype)
+        y_BTO = product(given, kernel_IO.astype(self.dtype))
         if self.has_bias:
             y_BTO = y_BTO + self.bias[...].astype(self.dtype)
         y_BTO = tape(given, y_BTO)
         if not self.lora_scale:
             return y_BTO
-        low_BTR = x_BTI @ self.lora_a[...].astype(self.dtype)
+        low_BTR = product(x_BTI, self.lora_a[...].astype(self.dtype))
         low_BTR = tape.inside("lora_a")(x_BTI, low_BTR)
         # Scaled before the second product, so that its activation is what meets lora_b.
         low_BTR = low_BTR * self.lora_scale
-        high_BTO = low_BTR @ self.lora_b[...].astype(self.dtype)
+        high_BTO = product(low_BTR, self.lora_b[...].astype(self.dtype))
         return y_BTO + tape.inside("lora_b")(low_BTR, high_BTO)
+
+
+def product(x_BTI: Array, kernel_IO: Array, dtype: DTypeLike | None = None) -> Array:
+    """``x @ kernel``, summed and given in ``dtype`` (None: that of both).
+
+    As one matrix of rows: behind a product with two leading axes XLA copies both operands of the
+    kernel's gradient into another order first, a tenth of a training step on a CPU.
+    """
+    rows_RI = x_BTI.reshape(-1, x_BTI.shape[-1])
+    y_RO = jnp.matmul(rows_RI, kernel_IO, preferred_element_type=dtype)
+    return y_RO.reshape(*x_BTI.shape[:-1], -1)
 
 
 def residual_scale(config: ModelConfig) -> float:

@@ -56,7 +56,7 @@ def start(
     vocab_size: int,
     key: jax.Array,
     shardings: Callable[[Params], Params] | None = None,
-    chunk: int = decoder.LOSS_CHUNK,
+    chunk: int | None = None,
 ) -> Started:
     """The model that a run begins with.
 
