@@ -87,6 +87,7 @@ def open_influence(config: AttributionConfig) -> Opened:
         "data": read | {"batch_size": config.batch_size, "documents": config.documents},
         "estimator": settings,
         "self_influence": config.self_influence,
+        "versions": versions(),  # other releases round otherwise
         "queries": {
             "names": queries.names,
             "average": config.queries.average,
@@ -249,6 +250,10 @@ def _on_device(tree: Any) -> Any:
     return jax.tree.map(jnp.asarray, tree)
 
 
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in ("data-handler", "jax", "flax")}
+
+
 def describe(opened: Opened, done: Done, command: str | None) -> dict[str, Any]:
     """What ``influence.json`` says of a run beside its scores."""
     stats = (opened.rows.stats or {}).get("sources", {})
@@ -265,5 +270,5 @@ def describe(opened: Opened, done: Done, command: str | None) -> dict[str, Any]:
             name: {"truncated_tokens": source["truncated_tokens"]} | source["skipped"]
             for name, source in stats.items()
         },
-        "versions": {name: version(name) for name in ("data-handler", "jax", "flax")},
+        "versions": versions(),
     }
