@@ -240,7 +240,7 @@ def train(
         )
         step = None
         if checkpoints.steps():
-            like = arrays_of(run.params, run.state, run.key)
+            like = _arrays(run.params, run.state, run.key)
             restored = restore_run(checkpoints, like, run.loader, run.samplers, run.mesh)
             step = restored.step
             run = run._replace(
@@ -332,7 +332,7 @@ def _loop(
                             keep=config.mixing.on_failure == "keep",
                         )  # fmt: skip
                 except DataError as error:
-                    arrays = arrays_of(params, state, run.key)
+                    arrays = _arrays(params, state, run.key)
                     save_run(checkpoints, step, arrays, loader, samplers, run.mesh)
                     checkpoints.wait()
                     raise DataError(f"{error} (step {step} is saved)") from error
@@ -344,7 +344,7 @@ def _loop(
             stopping = any_host(bool(stopped))
             if step % training.checkpoint_interval == 0 or last or stopping:
                 with log.timed("checkpoint", step):
-                    arrays = arrays_of(params, state, run.key)
+                    arrays = _arrays(params, state, run.key)
                     save_run(checkpoints, step, arrays, loader, samplers, run.mesh)
     if step == training.steps and config.influence.documents and samplers:
         with log.timed("ranking", step):
@@ -360,7 +360,7 @@ def _loop(
     return facts
 
 
-def arrays_of(params: Params, state: InfluenceState, key: jax.Array) -> dict[str, Any]:
+def _arrays(params: Params, state: InfluenceState, key: jax.Array) -> dict[str, Any]:
     """What of a run a checkpoint holds as arrays."""
     return {"params": params, "optimizer": state, "key": jax.random.key_data(key)}
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +16,8 @@ import jax
 
 from dh_jax.attribution.config import AttributionConfig, EstimatorConfig
 from dh_jax.config import ModelConfig, suggest
-from dh_jax.distributed.checkpoint import Checkpoints
-from dh_jax.errors import ConfigError, DataError
+from dh_jax.distributed.checkpoint import read_arrays
+from dh_jax.errors import ConfigError
 from dh_jax.functions import Params
 from dh_jax.influence.ekfac import ekfac
 from dh_jax.influence.empirical_fisher import datainf, woodbury
@@ -32,7 +31,6 @@ from dh_jax.models import decoder
 from dh_jax.models.start import start
 from dh_jax.models.tapped import tapped_layers, tapped_loss_fn, zero_taps
 from dh_jax.runconfig import load_config
-from dh_jax.train import arrays_of, open_run
 
 ESTIMATORS: dict[str, Callable[..., Estimator]] = {
     "gradient_dot": gradient_dot,
@@ -76,10 +74,14 @@ def open_model(config: AttributionConfig, vocab_size: int) -> Model:
     """
     rows = config.model.vocab_size or vocab_size
     if config.run is not None:
-        params, loss_fn, origin = _checkpoint(Path(config.run))
+        folder = Path(config.run)
+        seed = load_config(folder).training.seed  # of a base that was drawn
+        like, loss_fn = start(config.model, vocab_size, jax.random.key(seed))
+        params = read_arrays(folder / "checkpoints", {"params": like})["params"]
+        steps = [int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit()]
+        origin = f"{folder}, step {max(steps)}"
     else:
-        started = start(config.model, vocab_size, jax.random.key(config.seed))
-        params, loss_fn = started.params, started.loss_fn
+        params, loss_fn = start(config.model, vocab_size, jax.random.key(config.seed))
         origin = config.model.pretrained or f"{config.model.name or 'a model'}, drawn, not trained"
     if config.model.lora.rank:  # adapters alone; their base is in the loss
         return Model(params, Objective(loss_fn), origin)
@@ -102,19 +104,6 @@ def tapped_objective(
         layers=layers,
         zero_taps=lambda params, batch: zero_taps(graph, params, batch),
     )
-
-
-def _checkpoint(folder: Path) -> tuple[Params, Any, str]:
-    config = load_config(folder)
-    if not (folder / "checkpoints").is_dir():
-        raise DataError(f"{folder} has no checkpoints; name the folder of a run that saved one")
-    with ExitStack() as closing:
-        run = open_run(config, closing)
-        checkpoints = closing.enter_context(Checkpoints(folder / "checkpoints"))
-        if not (steps := checkpoints.steps()):
-            raise DataError(f"{folder} has no complete checkpoint; let the run reach one")
-        restored = checkpoints.restore(arrays_of(run.params, run.state, run.key), steps[-1])
-    return restored.arrays["params"], run.loss_fn, f"{folder}, step {steps[-1]}"
 
 
 def make_estimator(config: EstimatorConfig, objective: Objective, max_segments: int) -> Estimator:
