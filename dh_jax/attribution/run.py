@@ -179,12 +179,12 @@ def score_documents(opened: Opened, listener: Listener = lambda *_: None) -> Don
         return {"prepared": factors, "error_K": error_K}
 
     state = _on_device(store.fitted("fitted", fit))
-    error: list[float] | None = None
+    lost: list[float] | None = None
     if config.queries.low_rank is None:
         prepared = _on_device(store.fitted("queries", queries))
     else:
         kept = store.fitted("low_rank", thin)
-        prepared, error = _on_device(kept["prepared"]), kept["error_K"].tolist()
+        prepared, lost = _on_device(kept["prepared"]), kept["error_K"].tolist()
     done = 0
     listener("scoring", done, config.documents)
     started = time.perf_counter()
@@ -222,7 +222,7 @@ def score_documents(opened: Opened, listener: Listener = lambda *_: None) -> Don
             listener("scoring", done, config.documents)
     except NotFinite as error:
         raise _naming_document(opened, error) from error
-    return Done(store, prepared, error)
+    return Done(store, prepared, lost)
 
 
 def _naming_document(opened: Opened, error: NotFinite) -> DataError:
