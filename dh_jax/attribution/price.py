@@ -2,9 +2,10 @@
 
 Shapes: K queries.
 
-Time counts forward passes over documents at the rate of a matrix product measured just now, which
-large models reach and small ones miss by far: between all of it and two fifths. Memory takes XLA's own account of the compiled scoring step and adds
-what is kept beside it. No document is read and no weight is loaded.
+Time counts forward passes over documents at the rate of a matrix product measured just now:
+between all of it, which large models reach, and two fifths. Memory takes XLA's own account of
+the compiled scoring step and adds what is kept beside it. No document is read and no weight is
+loaded.
 """
 
 from __future__ import annotations
