@@ -209,8 +209,9 @@ def print_price(price: Price, console: Console) -> None:
         )
     console.print(table)
     minutes = price.seconds / 60
+    frozen = f" beside {price.frozen:,} frozen" if price.frozen else ""
     console.print(
-        f"parameters {price.parameters:,}   tokens {price.tokens:,}   "
+        f"parameters {price.parameters:,}{frozen}   tokens {price.tokens:,}   "
         f"memory of a step {price.step_bytes / 2**20:,.0f} MiB a device   "
         f"{price.flops_per_step / 1e9:,.1f} GFLOP a step   about {minutes:,.1f} minutes of training"
     )

@@ -375,6 +375,7 @@ def describe(run: Run) -> dict[str, Any]:
     return {
         "targets": run.optimizer.targets or (run.samplers.targets if run.samplers else {}),
         "parameters": decoder.count_parameters(run.params),
+        "frozen": decoder.count_parameters(as_argument(run.loss_fn)),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "sources": list(run.loader.names),
         "versions": {

@@ -79,6 +79,7 @@ class Decoder(nnx.Module):
             vocab_size, config.width, dtype=config.dtype, embedding_init=normal, rngs=rngs
         )
         self.scanned, self.kernel = config.scan_layers, config.attention
+        self.precision = config.precision
         self.layers: Any
         if config.scan_layers:  # the plan of one; its parameters are those of all, stacked
             self.layers = Block(config, rngs=rngs)
@@ -167,7 +168,7 @@ class Decoder(nnx.Module):
         else:
             kernel_DV = self.head.kernel[...]
         kernel_DV = kernel_DV.astype(hidden_BTD.dtype)
-        return constrain(product(hidden_BTD, kernel_DV, jnp.float32), "BTV")
+        return constrain(product(hidden_BTD, kernel_DV, self.precision, jnp.float32), "BTV")
 
 
 # --- building --------------------------------------------------------------------------------
@@ -271,7 +272,7 @@ def logits_fn(graph: Graph) -> LogitsFn:
 # --- what it costs ---------------------------------------------------------------------------
 
 
-def count_parameters(params: Params) -> int:
+def count_parameters(params: Any) -> int:
     """Elements of all parameters (or of `abstract_params`); tied weights count once."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
