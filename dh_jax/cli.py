@@ -268,7 +268,7 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    prompts = options.prompts or [sys.stdin.read()]
+    prompts = options.prompts or [sys.stdin.read().removesuffix("\n")]
     if options.samples < 1:
         raise ConfigError(f"--samples is {options.samples}; the least is 1")
     completion, console = _module("completion"), _module("console")
