@@ -9,6 +9,7 @@ import argparse
 import importlib
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ EXAMPLES = """examples:
   dh train data=demo mixing=influence out=runs/a resume=true
   dh replay runs/a --step 40                     what its batch at a step held
   dh report runs/a runs/b --out report.html
+  dh influence data=demo run=runs/a              which documents helped which probes
   dh convert model.gguf folder                   a checkpoint to start from
   dh export runs/a folder                        what a run has trained, for the torch world
   dh generate runs/a "Once upon a time"          what a run's or a folder's model writes
@@ -91,6 +93,8 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command("train", _train, "Train a model on a mixture; steer, judge, log and save it.")
+    sub.add_argument("--dry-run", action="store_true", help="price the run without starting it")
+    sub = command("influence", _influence, "Score which documents helped or harmed which probes.")
     sub.add_argument("--dry-run", action="store_true", help="price the run without starting it")
     sub = command("prepare", _prepare, "Tokenise a data config into a store on disk.")
     sub.add_argument("--verify", action="store_true", help="also compare every shard's checksum")
@@ -180,6 +184,21 @@ def _train(options: argparse.Namespace) -> int:
         )
         return EXIT_INTERRUPTED
     console.print(f"finished; `dh report {run.out}` shows it")
+    return 0
+
+
+def _influence(options: argparse.Namespace) -> int:
+    schema = _module("attribution.config").AttributionConfig
+    config = _module("compose").compose("attribution", schema, options.overrides)
+    console, looks = _console(), _module("console")
+    if options.dry_run:
+        price = _module("attribution.price").price_influence(config)
+        looks.print_influence_price(price, console)
+        return 0
+    command = shlex.join(["dh", "influence", *options.overrides])
+    with looks.InfluenceProgress(console) as progress:
+        facts = _module("attribution.command").influence(config, listener=progress, command=command)
+    console.print(f"{facts['scored']:,} documents scored; {facts['report']} shows them")
     return 0
 
 

@@ -14,6 +14,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dh_jax.attribution.config import AttributionConfig
 from dh_jax.config import (
     ConfigError,
     RunConfig,
@@ -25,7 +26,7 @@ from dh_jax.config import (
     validate_data,
 )
 
-AnyRun = TypeVar("AnyRun", RunConfig, TorchRunConfig)
+AnyRun = TypeVar("AnyRun", RunConfig, TorchRunConfig, AttributionConfig)
 
 
 def compose_run(overrides: Sequence[str] = ()) -> RunConfig:
@@ -63,7 +64,7 @@ def compose(root: str, schema: type[AnyRun], overrides: Sequence[str] = ()) -> A
 
 # Mappings whose keys are the user's own names. Hydra would refuse a new name as a misspelling,
 # and would merge `influence.targets={a: 1}` into the targets of a YAML file; here it replaces them.
-OPEN = ("data.sources", "data.probes", "influence.targets")
+OPEN = ("data.sources", "data.probes", "influence.targets", "estimator.arguments")
 
 
 def _opened(override: str) -> str:
