@@ -142,9 +142,9 @@ def trak(setting: str) -> Any:
             len(train),
             save_dir=folder,
             device="cpu",
-            proj_dim=2048,
+            proj_dim=512,
             use_half_precision=False,
-            load_from_save_dir=False,
+            load_from_save_dir=True,
             logging_level=50,
         )
         traker.load_checkpoint(model.state_dict(), model_id=0)
@@ -165,7 +165,7 @@ METHODS = {
     "kronfluence EK-FAC, damping 1e-8": (lambda s: kronfluence(s, 1e-8), "kronfluence"),
     "kronfluence EK-FAC, damping None": (lambda s: kronfluence(s, None), "kronfluence"),
     "dattri CG, 20 steps": (dattri_cg, "dattri"),
-    "traker, k=2048": (trak, "traker"),
+    "traker, k=512": (trak, "traker"),
 }
 
 

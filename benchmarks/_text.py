@@ -25,12 +25,12 @@ from dh_jax.influence.objective import Objective
 from dh_jax.models import decoder, tapped
 
 LENGTH = 64
-TRAIN, QUERIES = 512, 64
+TRAIN, QUERIES = 256, 64
 VOCAB = 64
 CONFIG = ModelConfig(
     width=32, layers=2, heads=4, kv_heads=4, mlp_width=72, tied=False, max_positions=LENGTH
 )
-RECIPE = Recipe(15, 32, optax.adamw(3e-3, b2=0.99, weight_decay=1e-2))
+RECIPE = Recipe(12, 8, optax.adamw(3e-3, b2=0.99, weight_decay=1e-2))
 
 
 def rows() -> np.ndarray:

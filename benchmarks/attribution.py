@@ -31,7 +31,7 @@ PEERS = {
         "kronfluence EK-FAC, damping 1e-8": "kronfluence",
         "kronfluence EK-FAC, damping None": "kronfluence",
         "dattri CG, 20 steps": "dattri",
-        "traker, k=2048": "traker",
+        "traker, k=512": "traker",
     },
     "text": {
         "kronfluence EK-FAC, damping 1e-8": "kronfluence",
