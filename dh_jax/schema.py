@@ -306,7 +306,9 @@ class MixingConfig:
     """
 
     policy: str = "static"
-    interval: int = 20  # steps between two moves
+    interval: int = 20  # steps between two moves; with a budget the least
+    budget: float | None = None  # share of training's time for moves, sets their number; e.g. 0.05
+    longest: int | None = None  # steps between moves beyond which it halves samples; 10 intervals
     warmup: int = 0  # steps before the first move
     freeze: int | None = None  # step from which the weights stay as they are
     learning_rate: float = 0.5  # log-weight (influence, alignment, doge, doremi, aioli)
