@@ -31,6 +31,7 @@ EXAMPLES = """examples:
   dh train data=demo mixing=influence out=runs/a
   dh train data=demo mixing=influence out=runs/a resume=true
   dh replay runs/a --step 40                     what its batch at a step held
+  dh mix data=demo search=regmix training.steps=40 out=runs/mix   look for weights first
   dh report runs/a runs/b --out report.html
   dh convert model.gguf folder                   a checkpoint to start from
   dh demo                                        everything, on real text from packages
@@ -90,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("train", _train, "Train a model on a mixture; steer, judge, log and save it.")
     sub.add_argument("--dry-run", action="store_true", help="price the run without starting it")
+    command("mix", _mix, "Look for a mixture's weights with many small runs.")
     sub = command("prepare", _prepare, "Tokenise a data config into a store on disk.")
     sub.add_argument("--verify", action="store_true", help="also compare every shard's checksum")
     sub.add_argument("--backend", choices=("local", "ray"), help="default: data.prepare.backend")
@@ -153,6 +155,21 @@ def _train(options: argparse.Namespace) -> int:
         )
         return EXIT_INTERRUPTED
     console.print(f"finished; `dh report {run.out}` shows it")
+    return 0
+
+
+def _mix(options: argparse.Namespace) -> int:
+    config = _module("compose").compose_search(options.overrides)
+    search, console, folder = _module("search"), _console(), Path(config.out)
+    try:
+        with _module("console").SearchProgress(console) as progress:
+            finding = search.find_weights(config, progress)
+    except KeyboardInterrupt:
+        console.print("interrupted; go on with the same command and resume=true")
+        return EXIT_INTERRUPTED
+    search.write_search_report(config, finding, folder / "report.html")
+    _module("console").print_finding(finding, console)
+    console.print(f"`dh train data={folder / 'data.yaml'}` takes them; {folder / 'report.html'}")
     return 0
 
 

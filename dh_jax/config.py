@@ -93,6 +93,7 @@ __all__ = [
     "find_yaml",
     "list_configs",
     "load_data_config",
+    "one_of",
     "public_run",
     "public_spec",
     "source_config",

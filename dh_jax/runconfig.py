@@ -18,6 +18,7 @@ from dh_jax.config import (
     TorchRunConfig,
     TrainingConfig,
     load_data_config,
+    one_of,
     public_run,
     typed,
 )
@@ -50,6 +51,7 @@ def check_training(training: TrainingConfig) -> None:
     ):  # fmt: skip
         if value < least:
             raise ConfigError(f"training.{label} is {value}; the least is {least}")
+    one_of("training.eval_split", t.eval_split, ("eval", "probe"))
 
 
 def save_config(folder: Path, config: RunConfig | TorchRunConfig) -> None:

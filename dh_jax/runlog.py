@@ -3,7 +3,8 @@
 Metrics hold nothing that differs between two runs of the same config on the same machine, so
 a resumed run can be compared with an uninterrupted one byte by byte; wall-clock times have a
 file of their own. The one exception is what a budget decides by the clock (``pace`` records);
-a resumption takes those from the log (`later`) instead of deciding anew. Records are JSON objects, one a line, each with its ``step``.
+a resumption takes those from the log (`later`) instead of deciding anew. Records are JSON
+objects, one a line, each with its ``step``.
 """
 
 from __future__ import annotations

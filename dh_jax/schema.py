@@ -356,6 +356,7 @@ class TrainingConfig:
     clip_norm: float = 1.0
     eval_interval: int = 50
     eval_rows: int = 64  # rows a domain
+    eval_split: str = "eval"  # or probe: what a search judges by, so that eval stays unseen
     checkpoint_interval: int = 50
     keep: int = 2  # checkpoints kept, the newest
     keep_every: int | None = None  # and those of steps that are a multiple of this

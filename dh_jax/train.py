@@ -289,7 +289,7 @@ def _loop(
     schedule = make_schedule(training)
     evaluate = make_evaluation(
         config.data, run.tokenizer, run.loss_fn, run.mesh,
-        rows=training.eval_rows, batch_size=training.batch_size,
+        rows=training.eval_rows, batch_size=training.batch_size, split=training.eval_split,
     )  # fmt: skip
     compiled: set[str] = set()
 
