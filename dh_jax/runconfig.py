@@ -31,6 +31,7 @@ from dh_jax.errors import ConfigError, DataError, StateError
 MAY_CHANGE = {  # config keys that may differ between a run and its resumption
     "out", "resume", "data.prefetch", "training.keep", "training.checkpoint_interval",
     "training.log_interval", "training.tensorboard", "training.wandb", "training.keep_every",
+    "search.processes",
     *(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig)),
 }  # fmt: skip
 
