@@ -20,6 +20,7 @@ import jax
 from dh_jax.config import MixingConfig, RunConfig
 from dh_jax.data.runners import leave_with_parent
 from dh_jax.data.store import write_json
+from dh_jax.distributed.processes import ENVIRONMENT
 from dh_jax.errors import DataError, UserError
 from dh_jax.search.config import SearchRunConfig
 from dh_jax.train import train
@@ -192,6 +193,8 @@ def _in_processes(
 def _begin(stop: Connection, shares: Any, compiled: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which says stop
     leave_with_parent(stop)
+    for name in ENVIRONMENT.values():  # a proxy is a run of one process, wherever this one stands
+        os.environ.pop(name, None)
     mine = shares.get()
     if hasattr(os, "sched_setaffinity"):  # a small model's step does not fill many cores
         os.sched_setaffinity(0, mine)
