@@ -214,7 +214,7 @@ def test_a_budget_decides_by_the_clock_once_and_a_resumption_by_the_log(
     assert asked == [10]  # those of steps 6 and 8 stand in the log
     after = records(out, "pace"), records(out, "train")
     assert after[0][:5] == before[0] and after[1][:9] == before[1]
-    assert after[0][5]["due"] == 10 + 6 and after[1][10]["weights"] != after[1][9]["weights"]
+    assert after[0][5]["due"] == 21 and after[1][10]["weights"] != after[1][9]["weights"]
     assert [x["step"] for x in records(out, "reweight")] == [1, 2, 4, 6, 8, 10]
 
 
