@@ -38,7 +38,6 @@ from dh_jax.distributed.mesh import (
     loader_shard,
     make_mesh,
     replicate,
-    row_ways,
     to_device,
 )
 from dh_jax.distributed.placement import check_heads, on_mesh, param_shardings, warn_unsplit
@@ -52,6 +51,7 @@ from dh_jax.metrics import StepMetrics, train_record
 from dh_jax.mixing.policy import SAMPLED
 from dh_jax.mixing.registry import SIZED, make_policy
 from dh_jax.models import decoder
+from dh_jax.models.kernels import check_kernel
 from dh_jax.models.start import resolve, start
 from dh_jax.ranking import rank_documents
 from dh_jax.runconfig import (
@@ -169,15 +169,13 @@ def open_run(config: RunConfig, closing: ExitStack) -> Run:
     loader = training_loader(config, tokenizer=tokenizer, shard=loader_shard(mesh))
     closing.enter_context(loader)
     samplers = None
-    if policy.needs & SAMPLED or config.influence.documents:
+    measures = bool(policy.needs & SAMPLED or config.influence.documents)
+    check_kernel(config.model.attention, jax.default_backend(), forward_mode=measures)
+    if measures:
         samplers = Samplers(data, config.influence, tokenizer, mesh, seed=seed)
         closing.enter_context(samplers)
     key = jax.random.key(seed)
-    # A chunk of targets is cut from all rows, so it is as many times longer as rows are split.
-    chunk = decoder.LOSS_CHUNK * row_ways(mesh)
-    model = start(
-        config.model, tokenizer.vocab_size, key, lambda p: param_shardings(p, mesh), chunk
-    )
+    model = start(config.model, tokenizer.vocab_size, key, lambda p: param_shardings(p, mesh))
     params, loss_fn = model.params, on_mesh(model.loss_fn, mesh)
     warn_unsplit(params, mesh)
     calculator = DataInfCalculator(
@@ -389,6 +387,7 @@ def describe(run: Run) -> dict[str, Any]:
     return {
         "targets": run.optimizer.targets or (run.samplers.targets if run.samplers else {}),
         "parameters": decoder.count_parameters(run.params),
+        "frozen": decoder.count_parameters(as_argument(run.loss_fn)),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "sources": list(run.loader.names),
         "versions": {
