@@ -69,7 +69,10 @@ def compose(root: str, schema: type[AnyRun], overrides: Sequence[str] = ()) -> A
 
 # Mappings whose keys are the user's own names. Hydra would refuse a new name as a misspelling,
 # and would merge `influence.targets={a: 1}` into the targets of a YAML file; here it replaces them.
-OPEN = ("data.sources", "data.probes", "influence.targets")
+OPEN = (
+    "data.sources", "data.probes", "influence.targets",
+    "mixing.bounds", "mixing.sizes", "mixing.reference",
+)  # fmt: skip
 
 
 def _opened(override: str) -> str:

@@ -18,9 +18,8 @@ from dh_jax.influence.optimizer import (
     GRADIENTS,
     InfluenceAwareOptimizer,
     InfluenceState,
-    placed_alike,
 )
-from dh_jax.mixing.pace import Pace
+from dh_jax.mixing.pace import Pace, placed_alike
 from dh_jax.mixing.policy import SAMPLED
 from dh_jax.runlog import Record
 from dh_jax.sampling import Samplers

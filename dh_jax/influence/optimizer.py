@@ -22,8 +22,15 @@ from dh_jax.functions import Params
 from dh_jax.influence.alignment import check_targets, source_alignment, target_gradient, target_loss
 from dh_jax.influence.calculator import DataInfCalculator
 from dh_jax.influence.checks import refuse_non_finite, rows_with_targets
-from dh_jax.mixing.checks import refuse_no_mixture, refuse_unknown
-from dh_jax.mixing.pace import Budget, Pace, check_budget, first_pace, next_pace
+from dh_jax.mixing.checks import refuse_no_mixture, refuse_unknown, weights_in_order
+from dh_jax.mixing.pace import (
+    Budget,
+    Pace,
+    check_budget,
+    first_pace,
+    next_pace,
+    placed_alike,
+)
 from dh_jax.mixing.policy import LEARNT, SAMPLED, Observation, Policy, PolicyState
 
 GRADIENTS = frozenset({"influence_M", "alignment_M", "norm_M"})  # measured on the sources' rows
@@ -132,7 +139,7 @@ class InfluenceAwareOptimizer:
                     "give a DataInfCalculator"
                 )
             self.targets = resolve_targets(targets or {}, probe_names)
-        start_M = jnp.asarray(_in_order(weights, self.source_names), jnp.float32)
+        start_M = jnp.asarray(weights_in_order(weights, self.source_names), jnp.float32)
         self._start_M = np.asarray(policy.start(start_M))
         self._move = jax.jit(policy.update)
 
@@ -367,34 +374,11 @@ def resolve_targets(targets: Mapping[str, float], probe_names: Sequence[str]) ->
     return {name: weight / total for name, weight in chosen.items() if weight > 0}
 
 
-def placed_alike(old: Pace, new: Pace) -> Pace:
-    """New values on the devices of the old ones, so that no step is compiled again."""
-    return Pace(*(was - was + now for was, now in zip(old, new, strict=True)))
-
-
 # --- checks ----------------------------------------------------------------------------------
 
 
 def _plain(values_M: jax.Array | None) -> np.ndarray | None:
     return None if values_M is None else np.asarray(values_M)
-
-
-def _in_order(weights: Mapping[str, float] | Sequence[float], names: Sequence[str]) -> list[float]:
-    if isinstance(weights, Mapping):
-        if set(weights) != set(names):
-            raise ConfigError(
-                f"weights name {', '.join(weights)} but the sources are {', '.join(names)}"
-            )
-        weights = [weights[name] for name in names]
-    if len(weights) != len(names):
-        raise ConfigError(f"{len(weights)} weights for {len(names)} sources; give one for each")
-    for name, weight in zip(names, weights, strict=True):
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ConfigError(f"weight of source {name!r} is {weight}; it must be at least 0")
-    total = math.fsum(weights)
-    if abs(total - 1) > 1e-4:
-        raise ConfigError(f"weights of the sources sum to {total:g}; they must sum to 1")
-    return list(weights)
 
 
 def _by_name(

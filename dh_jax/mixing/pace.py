@@ -96,3 +96,8 @@ def next_pace(
     return Pace(
         np.int32(min(due(), latest)), np.float32(cost), np.float32(spent), np.int32(halvings)
     )
+
+
+def placed_alike(old: Pace, new: Pace) -> Pace:
+    """New values on the devices of the old ones, so that no step is compiled again."""
+    return Pace(*(was - was + now for was, now in zip(old, new, strict=True)))
