@@ -32,6 +32,7 @@ EXAMPLES = """examples:
   dh train data=demo mixing=influence out=runs/a
   dh train data=demo mixing=influence out=runs/a resume=true
   dh replay runs/a --step 40                     what its batch at a step held
+  dh mix data=demo search=regmix training.steps=40 out=runs/mix   look for weights first
   dh report runs/a runs/b --out report.html
   dh influence data=demo run=runs/a              which documents helped which probes
   dh convert model.gguf folder                   a checkpoint to start from
@@ -96,6 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--dry-run", action="store_true", help="price the run without starting it")
     sub = command("influence", _influence, "Score which documents helped or harmed which probes.")
     sub.add_argument("--dry-run", action="store_true", help="price the run without starting it")
+    command("mix", _mix, "Look for a mixture's weights with many small runs.")
     sub = command("prepare", _prepare, "Tokenise a data config into a store on disk.")
     sub.add_argument("--verify", action="store_true", help="also compare every shard's checksum")
     sub.add_argument("--backend", choices=("local", "ray"), help="default: data.prepare.backend")
@@ -202,6 +204,21 @@ def _influence(options: argparse.Namespace) -> int:
     return 0
 
 
+def _mix(options: argparse.Namespace) -> int:
+    config = _module("compose").compose_search(options.overrides)
+    search, console, folder = _module("search"), _console(), Path(config.out)
+    try:
+        with _module("console").SearchProgress(console) as progress:
+            finding = search.find_weights(config, progress)
+    except KeyboardInterrupt:
+        console.print("interrupted; go on with the same command and resume=true")
+        return EXIT_INTERRUPTED
+    search.write_search_report(config, finding, folder / "report.html")
+    _module("console").print_finding(finding, console)
+    console.print(f"`dh train data={folder / 'data.yaml'}` takes them; {folder / 'report.html'}")
+    return 0
+
+
 def _prepare(options: argparse.Namespace) -> int:
     run = _module("compose").compose_run(options.overrides)
     console = _console(stderr=options.json)
@@ -287,7 +304,7 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    prompts = options.prompts or [sys.stdin.read()]
+    prompts = options.prompts or [sys.stdin.read().removesuffix("\n")]
     if options.samples < 1:
         raise ConfigError(f"--samples is {options.samples}; the least is 1")
     completion, console = _module("completion"), _module("console")

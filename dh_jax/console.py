@@ -24,6 +24,7 @@ from dh_jax.config import SPLITS
 from dh_jax.data import prepare
 from dh_jax.data.store import TokenStore
 from dh_jax.pricing import Price
+from dh_jax.search.find import Finding
 
 if TYPE_CHECKING:
     from dh_jax.completion import Written
@@ -184,6 +185,50 @@ def print_influence_price(price: InfluencePrice, console: Console) -> None:
         f"memory about {price.bytes / 2**30:.1f} GiB at the peak; "
         f"{price.queries} queries take {price.query_bytes / 2**30:.2f} GiB"
     )
+
+
+class SearchProgress:
+    """A progress bar of a search: proxies that are done."""
+
+    def __init__(self, console: Console):
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("proxies"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self._bar.add_task("proxies", total=None)
+
+    def __call__(self, done: int, total: int) -> None:
+        self._bar.update(self._task, completed=done, total=total)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+
+def print_finding(finding: Finding, console: Console) -> None:
+    """Configured weights and those found, and what a fit is worth."""
+    table = Table("source", title=f"weights found by {finding.method}")
+    for column in ("configured", "found"):
+        table.add_column(column, justify="right")
+    for name, weight in finding.weights.items():
+        table.add_row(name, f"{finding.configured[name]:.3f}", f"{weight:.3f}")
+    console.print(table)
+    if (fit := finding.fit) is not None:
+        console.print(
+            f"leave-one-out error {fit.error:.3f} nats a token ({fit.spread:.3f} by their mean), "
+            f"rank correlation {fit.rank_correlation:.2f}"
+        )
+    for name, loss in (finding.measured or {}).items():
+        said = f", predicted {finding.predicted[name]:.3f}" if finding.predicted else ""
+        console.print(f"loss with the weights {name}: {loss:.3f} nats a token{said}")
 
 
 def print_store(store: TokenStore, console: Console) -> None:

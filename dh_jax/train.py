@@ -32,7 +32,7 @@ from dh_jax.config import (
 from dh_jax.data.loader import Loader
 from dh_jax.data.store import write_json
 from dh_jax.data.tokenization import TokenizerWrapper
-from dh_jax.distributed.agreement import any_host, wait_for_all
+from dh_jax.distributed.agreement import any_host, gather, wait_for_all
 from dh_jax.distributed.checkpoint import Checkpoints
 from dh_jax.distributed.mesh import (
     loader_shard,
@@ -62,11 +62,11 @@ from dh_jax.runconfig import (
     source_tokens,
     training_loader,
 )
-from dh_jax.runlog import Listener, RunLog
+from dh_jax.runlog import Listener, Record, RunLog, later
 from dh_jax.runstate import restore_run, save_run
 from dh_jax.sampling import Samplers
 from dh_jax.signals import stop_signals
-from dh_jax.steering import by_source, move_weights
+from dh_jax.steering import by_source, decide_next, move_weights
 
 # (params, state, batch, key) -> (params, state, metrics); the loss is bound as its first argument.
 TrainStep = partial[tuple[Params, InfluenceState, StepMetrics]]
@@ -191,6 +191,9 @@ def open_run(config: RunConfig, closing: ExitStack) -> Run:
         warmup=config.mixing.warmup,
         probe_names=list(data.probes or data.sources),
         targets=config.influence.targets,
+        budget=config.mixing.budget,
+        longest=config.mixing.longest,
+        halvings=samplers.halvings if samplers else 0,
     )
     # Placed as the step returns it, so that the second step finds the first one's executable.
     shardings = param_shardings(jax.eval_shape(optimizer.init, params), mesh)
@@ -258,10 +261,11 @@ def train(
         if config.training.wandb and first:
             client = trackers.wandb(folder, public_run(config))
             listeners += (closing.enter_context(client),)
+        decided = {x["step"]: x for x in gather(later(folder, step or 0, "pace"))[0]}
         log = RunLog(folder if first else None, step=step, listeners=listeners)
         closing.callback(log.close)
         facts = describe(run) | {"command": command}
-        return _loop(run, step or 0, checkpoints, log, folder, facts)
+        return _loop(run, step or 0, checkpoints, log, folder, facts, decided)
 
 
 def _loop(
@@ -271,6 +275,7 @@ def _loop(
     log: RunLog,
     folder: Path,
     facts: dict[str, Any],
+    decided: dict[int, Record],
 ) -> dict[str, Any]:
     config, training = run.config, run.config.training
     loader, samplers, optimizer = run.loader, run.samplers, run.optimizer
@@ -282,7 +287,7 @@ def _loop(
     schedule = make_schedule(training)
     evaluate = make_evaluation(
         config.data, run.tokenizer, run.loss_fn, run.mesh,
-        rows=training.eval_rows, batch_size=training.batch_size,
+        rows=training.eval_rows, batch_size=training.batch_size, split=training.eval_split,
     )  # fmt: skip
     compiled: set[str] = set()
 
@@ -324,7 +329,7 @@ def _loop(
             # The first step too: its record holds the weights that the run began with.
             if step % training.log_interval == 0 or step in (1, training.steps):
                 log.write(train_record(step, metrics, learning_rate, loader, run.mesh, rows))
-            if optimizer.due(step):
+            if optimizer.due(step, state):
                 try:
                     with phase("reweight", step):
                         state, record = move_weights(
@@ -332,12 +337,19 @@ def _loop(
                             keep=config.mixing.on_failure == "keep",
                         )  # fmt: skip
                 except DataError as error:
+                    state = optimizer.spent(state, np.nan, np.nan)  # not at the next step again
                     arrays = _arrays(params, state, run.key)
                     save_run(checkpoints, step, arrays, loader, samplers, run.mesh)
                     checkpoints.wait()
                     raise DataError(f"{error} (step {step} is saved)") from error
                 if record is not None:
                     log.write(record)
+                if optimizer.budget is not None:
+                    halvings = optimizer.halvings(state)
+                    state, record = decide_next(optimizer, state, log.recent, decided)
+                    log.write(record)
+                    if optimizer.halvings(state) > halvings:
+                        compiled.discard("reweight")  # other shapes
             last = step == training.steps
             if step % training.eval_interval == 0 or last:
                 judge(step)

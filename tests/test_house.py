@@ -49,6 +49,7 @@ FLOORS = {
     "dh_jax.runlog": 4,
     "dh_jax.runstate": 4,
     "dh_jax.sampling": 4,
+    "dh_jax.search": 4,
     "dh_jax.signals": 4,
     "dh_jax.steering": 4,
     "dh_jax.trackers": 4,

@@ -224,7 +224,7 @@ def _metrics(
             _append(evals, _eval(fields), fields.where)
         elif kind == "reweight":
             _append(reweights, _reweight(fields), fields.where)
-        else:
+        elif kind != "pace":  # when to move next, which the moves themselves show
             unknown[kind] += 1
     if not train:
         raise DataError(f"{path}: no 'train' record; the run has not logged a step yet")
