@@ -29,6 +29,7 @@ FLOORS = {
     "dh_jax.data": 2,
     "dh_jax.functions": 2,
     "dh_jax.distributed": 2,
+    "dh_jax.unembedding": 2,
     "dh_jax.distributed.checkpoint": 3,
     "dh_jax.models": 3,
     "dh_jax.influence": 3,
