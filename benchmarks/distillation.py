@@ -71,7 +71,7 @@ def in_jax(name: str, dtype: str) -> tuple[Gradient, dict[str, float]]:
         loss: Callable[..., Any] = ours
     else:
         loss = dense if name == "dense" else style_of_optax
-    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
     arrays = [jnp.asarray(x, dtype) for x in inputs(TOKENS)]
     if name == "sparse":
         part = jax.jit(lambda h, w: top_k(h[None] @ w.T, K))
@@ -82,9 +82,9 @@ def in_jax(name: str, dtype: str) -> tuple[Gradient, dict[str, float]]:
 
     def call(*given: Any) -> tuple[Any, Any]:
         if given:
-            found = gradient(*(jnp.asarray(x, dtype) for x in given))
+            _, found = gradient(*(jnp.asarray(x, dtype) for x in given))
         else:
-            found = compiled(*arrays)
+            _, found = compiled(*arrays)
         jax.block_until_ready(found)
         return found
 

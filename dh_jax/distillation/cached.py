@@ -56,7 +56,9 @@ class CachedTeacher(grain.sources.RandomAccessDataSource[Piece]):
 
     def __init__(self, folder: Path, manifest: dict[str, Any]):
         self.folder, self.manifest = folder, manifest
-        self.layout: Layout = layout(manifest["codec"], manifest["entries"], manifest["vocabulary"])
+        self.layout: Layout = layout(
+            manifest["codec"], manifest["entries"], manifest["vocabulary"], manifest["sampled"]
+        )
         shards = manifest["shards"]
         paths = [folder / shard["file"] for shard in shards]
         mapped = [

@@ -97,14 +97,12 @@ def write_cache(
     """
     if teacher.fingerprint is None:
         raise ConfigError("the teacher has no fingerprint, so a cache could not say whose it is")
-    if sampled and codec == "dense":
-        raise ConfigError("draws repeat ids, which codec dense cannot hold; take codec plain")
     if not temperature > 0:
         raise ConfigError(f"temperature is {temperature}; it must be above 0")
     config, folder = load_data_config(config), Path(folder)
     with _loader(config, tokenizer, list(config.sources), batch_size) as loader:
         identity = loader.identity
-    of = layout(codec, entries, tokenizer.vocab_size)
+    of = layout(codec, entries, tokenizer.vocab_size, sampled)
     facts = {
         "schema": SCHEMA,
         "kind": "teacher",

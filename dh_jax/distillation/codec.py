@@ -39,6 +39,7 @@ class Layout(NamedTuple):
     """Where in a record of ``width`` bytes its parts begin; sizes in bytes but for ``low``."""
 
     dense: bool
+    sampled: bool  # draws: the two last bytes are the first entry's log-probability, not the tail
     entries: int  # K
     wide: bool  # ids of 32 bits (plain)
     low: int  # bits of an id kept as they are (dense)
@@ -48,16 +49,19 @@ class Layout(NamedTuple):
     width: int
 
 
-def layout(codec: str, entries: int, vocabulary: int) -> Layout:
+def layout(codec: str, entries: int, vocabulary: int, sampled: bool = False) -> Layout:
     """The record of K entries out of a vocabulary.
 
     Raises:
-        ConfigError: the codec is unknown, or K is not from 1 to the vocabulary's size.
+        ConfigError: the codec is unknown or cannot hold draws, or K is not from 1 to the
+            vocabulary's size.
     """
     if codec not in CODECS:
         raise ConfigError(
             f"codec {codec!r}{suggest(codec, list(CODECS))}; known: {', '.join(CODECS)}"
         )
+    if sampled and codec == "dense":
+        raise ConfigError("draws repeat ids, which codec dense cannot hold; take codec plain")
     if not 1 <= entries <= vocabulary:
         raise ConfigError(f"{entries} entries of a vocabulary of {vocabulary}; give 1 to all")
     wide = vocabulary > 65_536
@@ -67,15 +71,15 @@ def layout(codec: str, entries: int, vocabulary: int) -> Layout:
     else:
         codes = -(-entries * low // 8) + -(-(entries + ((vocabulary - 1) >> low)) // 8)
     depth = codes + entries
-    return Layout(codec == "dense", entries, wide, low, codes, depth, depth + 1, depth + 3)
+    return Layout(codec == "dense", sampled, entries, wide, low, codes, depth, depth + 1, depth + 3)
 
 
 def encode(entries: TopKLogits, of: Layout) -> Bytes:
     """Records of N tokens.
 
     Args:
-        entries: NumPy, ``[N, K]`` ids and log-probabilities, the most probable first, and
-            ``[N]`` log-tails.
+        entries: NumPy, ``[N, K]`` ids and log-probabilities, the most probable first (draws in
+            any order), and ``[N]`` log-tails.
         of: the layout.
 
     Returns:
@@ -83,6 +87,11 @@ def encode(entries: TopKLogits, of: Layout) -> Bytes:
     """
     ids = np.ascontiguousarray(entries.ids_BTK, np.uint32)
     logp = np.asarray(entries.log_probs_BTK, np.float64)
+    last, least = entries.log_tail_BT, -1e-3
+    if of.sampled:
+        order = np.argsort(-logp, axis=-1)
+        ids, logp = (np.take_along_axis(x, order, -1) for x in (ids, logp))
+        last, least = logp[:, 0], 0.0
     count = len(ids)
     down = np.maximum(logp[:, :1] - logp, 0.0)
     depth = np.ceil(down[:, -1] * STEPS_A_NAT).clip(1, 255)
@@ -99,8 +108,8 @@ def encode(entries: TopKLogits, of: Layout) -> Bytes:
         records[:, : of.codes] = np.ascontiguousarray(ids, dtype).view(np.uint8)
     records[:, of.codes : of.depth] = codes
     records[:, of.depth] = depth
-    tail = np.asarray(entries.log_tail_BT, np.float32).clip(LEAST_TAIL, -1e-3)
-    records[:, of.tail :] = tail.astype("<f2").view(np.uint8).reshape(count, 2)
+    last = np.asarray(last, np.float32).clip(LEAST_TAIL, least)
+    records[:, of.tail :] = last.astype("<f2").view(np.uint8).reshape(count, 2)
     return records
 
 
@@ -116,7 +125,8 @@ def decode(records: Bytes, of: Layout) -> TopKLogits:
 
 def decode_into(records: Bytes, of: Layout, ids: Any, logp: Any, tail: Any) -> None:
     """`decode` into arrays that are there."""
-    _decode(records, of.dense, of.wide, of.low, of.codes, of.depth, ids, logp, tail, *_TABLES)
+    bits = of.dense, of.sampled, of.wide, of.low
+    _decode(records, *bits, of.codes, of.depth, ids, logp, tail, *_TABLES)
 
 
 def _tables() -> tuple[Any, Any]:
@@ -147,8 +157,9 @@ def _pack_ids(records_NW, ids_NK, low, high_begin):  # type: ignore[no-untyped-d
 
 @numba.njit(cache=True, nogil=True)
 def _decode(  # type: ignore[no-untyped-def]
-    records_NW, dense, wide, low, codes_begin, depth_begin, ids_NK, logp_NK, tail_N, down_RC, exp_RC
-):
+    records_NW, dense, sampled, wide, low, codes_begin, depth_begin, ids_NK, logp_NK, tail_N,
+    down_RC, exp_RC,
+):  # fmt: skip
     K = ids_NK.shape[1]
     raw_K = np.empty(K, np.int32)
     counts = np.empty(257, np.int32)
@@ -163,7 +174,10 @@ def _decode(  # type: ignore[no-untyped-def]
         total = np.float32(0)
         for k in range(K):
             total += exp_RC[depth, record[codes_begin + k]]
-        first = np.log1p(-np.exp(tail)) - np.log(total)
+        if sampled:
+            first, tail_N[n] = tail, -np.inf
+        else:
+            first = np.log1p(-np.exp(tail)) - np.log(total)
         if not dense:
             for k in range(K):
                 if wide:
@@ -208,7 +222,7 @@ def _decode(  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True, nogil=True, inline="always")
 def _float16(bits):  # type: ignore[no-untyped-def]
-    """A negative, normal or subnormal float16 as float32."""
+    """A float16 that is not positive, as float32."""
     exponent, fraction = (bits >> 10) & 31, bits & 1023
     if exponent == 0:
         return np.float32(-fraction * 2.0**-24)

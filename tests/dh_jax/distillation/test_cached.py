@@ -94,18 +94,25 @@ def test_batches_carry_what_the_live_teacher_says(cache, config, teacher, tokeni
             assert (loader.origins.offsets_BS > 0).any() or step  # pieces of cut documents, too
 
 
-def test_the_dense_codec_and_draws_come_back_as_well(
-    make_config, config, teacher, tokenizer, mesh, tmp_path
-):
+@pytest.fixture(scope="module")
+def one_source(make_config, config):
     paths = list(config.sources["code"].paths)
-    one = make_config(sources={"code": {"kind": "files", "paths": paths, "max_documents": 6}})
-    dense = written(teacher, one, tmp_path / "dense", tokenizer, mesh, codec="dense")
-    drawn = written(teacher, one, tmp_path / "drawn", tokenizer, mesh, sampled=True)
-    with get_loader(one, tokenizer=tokenizer, batch_size=4) as loader:
-        batch = next(loader)
-        origins = loader.origins
+    return make_config(sources={"code": {"kind": "files", "paths": paths, "max_documents": 6}})
+
+
+def test_the_dense_codec_comes_back_as_well(one_source, teacher, tokenizer, mesh, tmp_path):
+    dense = written(teacher, one_source, tmp_path, tokenizer, mesh, codec="dense")
+    with get_loader(one_source, tokenizer=tokenizer, batch_size=4) as loader:
+        batch, origins = next(loader), loader.origins
     live = jax.device_get(teacher.top_k(to_device(batch, mesh), K))
     agree(dense.join(batch, origins).teacher, live, batch.loss_mask_BT)
+
+
+@pytest.mark.slow
+def test_draws_come_back_as_well(one_source, teacher, tokenizer, mesh, tmp_path):
+    drawn = written(teacher, one_source, tmp_path, tokenizer, mesh, sampled=True)
+    with get_loader(one_source, tokenizer=tokenizer, batch_size=4) as loader:
+        batch, origins = next(loader), loader.origins
     found = drawn.join(batch, origins).teacher
     outputs = teacher(to_device(batch, mesh))
     assert isinstance(outputs, TeacherHead)
