@@ -33,6 +33,7 @@ EXAMPLES = """examples:
   dh replay runs/a --step 40                     what its batch at a step held
   dh report runs/a runs/b --out report.html
   dh convert model.gguf folder                   a checkpoint to start from
+  dh generate runs/a "Once upon a time"          what a run's or a folder's model writes
   dh demo                                        everything, on real text from packages
 """
 
@@ -127,6 +128,22 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("out", type=Path, metavar="OUT", help="a folder that does not exist yet")
     sub.add_argument("--tokenizer", metavar="NAME", help="default: the file's own")
     sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    sub = command("generate", _generate, "Write on from a prompt.", overrides=False)
+    sub.add_argument(
+        "model", metavar="MODEL", help="a model's folder, hub name or GGUF file, or a run's folder"
+    )
+    sub.add_argument("prompts", nargs="*", metavar="PROMPT", help="default: standard input")
+    sub.add_argument("--chat", action="store_true", help="a prompt is a message to an assistant")
+    sub.add_argument("--system", metavar="TEXT", help="the system's message, with --chat")
+    sub.add_argument("--tokens", type=int, default=128, help="the most that are written")
+    sub.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest")
+    sub.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest")
+    sub.add_argument("--top-p", type=float, metavar="P", help="among the likeliest, together P")
+    sub.add_argument("--samples", type=int, default=1, metavar="N", help="of each prompt")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--tokenizer", metavar="NAME", help="default: the model's own")
+    sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    sub.add_argument("--json", action="store_true", help=JSON)
     command("configs", _configs, "List the configs that ship.", overrides=False)
     sub = command("demo", _demo, "Train steered, static and uniform runs; report.", overrides=False)
     sub.add_argument("--folder", type=Path, default=Path(".demo"))
@@ -237,6 +254,34 @@ def _convert(options: argparse.Namespace) -> int:
             options.file, options.out, tokenizer=options.tokenizer, dtype=options.dtype
         )
     )
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    prompts = options.prompts or [sys.stdin.read()]
+    if options.samples < 1:
+        raise ConfigError(f"--samples is {options.samples}; the least is 1")
+    completion, console = _module("completion"), _module("console")
+    with _console(stderr=True).status("reading the model"):
+        model = completion.open_model(
+            options.model, tokenizer=options.tokenizer, dtype=options.dtype
+        )
+    sampling = _module("models.generation").Sampling(
+        options.temperature, options.top_k, options.top_p
+    )
+    prompts = [prompt for prompt in prompts for _ in range(options.samples)]
+    written = completion.complete(
+        model, prompts, new_tokens=options.tokens, chat=options.chat, system=options.system,
+        sampling=sampling, seed=options.seed,
+    )  # fmt: skip
+    if options.json:
+        *_, last = written
+        print(json.dumps([
+            {"prompt": prompt, "text": text, "tokens": tokens, "stop": stop}
+            for prompt, text, tokens, stop in zip(prompts, *last[:3], strict=True)
+        ]))  # fmt: skip
+        return 0
+    console.print_written(prompts, written, chat=options.chat, console=_console(highlight=False))
     return 0
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -22,6 +23,9 @@ from dh_jax.config import SPLITS
 from dh_jax.data import prepare
 from dh_jax.data.store import TokenStore
 from dh_jax.pricing import Price
+
+if TYPE_CHECKING:
+    from dh_jax.completion import Written
 
 
 class TrainProgress:
@@ -147,6 +151,48 @@ def print_store(store: TokenStore, console: Console) -> None:
         )
 
 
+def print_written(
+    prompts: Sequence[str], written: Iterator[Written], *, chat: bool, console: Console
+) -> None:
+    """Texts behind their prompts: one as it is written, several when all are; then the pace.
+
+    A terminal shows the prompts too, and the pace goes to standard error: what is piped on is the
+    text alone.
+    """
+    errors, start = Console(stderr=True, highlight=False), time.perf_counter()
+    with errors.status("compiling"):
+        now = begun = next(written)
+        now = begun = next(written, begun)  # behind the first token the loop is compiled too
+    ready, end = time.perf_counter(), "\n\n" if chat else ""
+    if len(prompts) == 1:
+        if console.is_terminal:
+            console.out(prompts[0], style="dim", highlight=False, end=end)
+        console.out(now.texts[0], highlight=False, end="")
+        for following in written:
+            console.out(following.texts[0][len(now.texts[0]) :], highlight=False, end="")
+            now = following
+        console.print()
+    else:
+        now = [now, *written][-1]
+        for number, (prompt, text) in enumerate(zip(prompts, now.texts, strict=True), start=1):
+            console.rule(str(number), style="dim", align="left")
+            if console.is_terminal:
+                console.out(prompt, style="dim", highlight=False, end=end)
+            console.out(text, highlight=False)
+    later = sum(now.tokens) - sum(begun.tokens)
+    pace = f", {later / (time.perf_counter() - ready):,.1f} tokens/s" if later else ""
+    endings = ", ".join(sorted({_ending(now, row) for row in range(len(prompts))}))
+    errors.print(
+        f"{sum(now.tokens):,} tokens{pace} after {ready - start:.1f} s of compiling; {endings}",
+        style="dim", markup=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def _ending(written: Written, row: int) -> str:
+    stop = written.stops[row]
+    return f"ended by {stop}" if stop is not None else f"cut at {written.room} tokens"
+
+
 def print_price(price: Price, console: Console) -> None:
     """A dry run's estimate."""
     table = Table("source", title="what the run takes")
@@ -163,8 +209,9 @@ def print_price(price: Price, console: Console) -> None:
         )
     console.print(table)
     minutes = price.seconds / 60
+    frozen = f" beside {price.frozen:,} frozen" if price.frozen else ""
     console.print(
-        f"parameters {price.parameters:,}   tokens {price.tokens:,}   "
+        f"parameters {price.parameters:,}{frozen}   tokens {price.tokens:,}   "
         f"memory of a step {price.step_bytes / 2**20:,.0f} MiB a device   "
         f"{price.flops_per_step / 1e9:,.1f} GFLOP a step   about {minutes:,.1f} minutes of training"
     )

@@ -245,7 +245,12 @@ class ModelConfig:
     tied: bool = True
     init_scale: float = 0.02
     dtype: str = "float32"  # of activations; parameters stay float32
+<<<<<<< HEAD
+    precision: str = "default"  # of linear layers; or highest (see `dh_jax.models.layers.product`)
     attention: str = "xla"  # the kernel; no other yet
+=======
+    attention: str = "xla"  # the kernel; pallas on a TPU or GPU (see dh_jax.models.kernels)
+>>>>>>> generation
     remat: str = "none"  # or what a layer's backward finds saved: a policy of jax.checkpoint
     scan_layers: bool = False  # parameters stacked over layers: compiles in the time of one
     linear: str = "dense"  # or ternary: weights -1, 0, 1 and 8-bit activations (BitNet b1.58)

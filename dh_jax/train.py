@@ -52,6 +52,7 @@ from dh_jax.metrics import StepMetrics, train_record
 from dh_jax.mixing.policy import SAMPLED
 from dh_jax.mixing.registry import SIZED, make_policy
 from dh_jax.models import decoder
+from dh_jax.models.kernels import check_kernel
 from dh_jax.models.start import resolve, start
 from dh_jax.ranking import rank_documents
 from dh_jax.runconfig import (
@@ -169,7 +170,9 @@ def open_run(config: RunConfig, closing: ExitStack) -> Run:
     loader = training_loader(config, tokenizer=tokenizer, shard=loader_shard(mesh))
     closing.enter_context(loader)
     samplers = None
-    if policy.needs & SAMPLED or config.influence.documents:
+    measures = bool(policy.needs & SAMPLED or config.influence.documents)
+    check_kernel(config.model.attention, jax.default_backend(), forward_mode=measures)
+    if measures:
         samplers = Samplers(data, config.influence, tokenizer, mesh, seed=seed)
         closing.enter_context(samplers)
     key = jax.random.key(seed)
@@ -377,6 +380,7 @@ def describe(run: Run) -> dict[str, Any]:
     return {
         "targets": run.optimizer.targets or (run.samplers.targets if run.samplers else {}),
         "parameters": decoder.count_parameters(run.params),
+        "frozen": decoder.count_parameters(as_argument(run.loss_fn)),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "sources": list(run.loader.names),
         "versions": {

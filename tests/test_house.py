@@ -36,6 +36,7 @@ FLOORS = {
     "dh_jax.mixing": 3,
     "dh_jax.distillation": 3,
     "dh_jax.influence.optimizer": 4,
+    "dh_jax.completion": 4,
     "dh_jax.dryrun": 4,
     "dh_jax.evaluate": 4,
     "dh_jax.inspection": 4,

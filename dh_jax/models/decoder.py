@@ -27,12 +27,11 @@ from dh_jax.distributed.placement import constrain
 from dh_jax.errors import ConfigError
 from dh_jax.functions import Head
 from dh_jax.models.attention import Attend, Attention, head_width
-from dh_jax.models.kernels import blocked
-from dh_jax.models.layers import MLP, Linear, RMSNorm
+from dh_jax.models.kernels import KERNELS
+from dh_jax.models.layers import MLP, Linear, RMSNorm, product
 from dh_jax.models.losses import chunked_cross_entropy
 from dh_jax.models.rotary import rotary, rotary_angles
 from dh_jax.models.taps import Tape, named, under
-from dh_jax.unembedding import unembed
 
 if TYPE_CHECKING:
     from dh_jax.batch import Batch
@@ -79,7 +78,8 @@ class Decoder(nnx.Module):
         self.embed = nnx.Embed(
             vocab_size, config.width, dtype=config.dtype, embedding_init=normal, rngs=rngs
         )
-        self.scanned = config.scan_layers
+        self.scanned, self.kernel = config.scan_layers, config.attention
+        self.precision = config.precision
         self.layers: Any
         if config.scan_layers:  # the plan of one; its parameters are those of all, stacked
             self.layers = Block(config, rngs=rngs)
@@ -106,19 +106,26 @@ class Decoder(nnx.Module):
         """
         tape = tape or Tape()
         angles = rotary_angles(self.rotary, positions_BT)
-        attend = partial(blocked, segment_ids_BT=segment_ids_BT)
+        attend = partial(KERNELS[self.kernel], segment_ids_BT=segment_ids_BT)
 
         def one(block: Block, x_BTD: Array, taps: dict[str, Array]) -> tuple[Array, Any]:
             inner = Tape(taps, measuring=tape.measuring)
             x_BTD = block(x_BTD, angles, attend, inner)
             return x_BTD, inner.kept
 
+        x_BTD, kept = self.through(tokens_BT, one, tape.taps_of("layers"), tape)
+        tape.kept.update(named(kept, "layers"))
+        return x_BTD
+
+    def through(
+        self, tokens_BT: Array, one: OneLayer, given: dict[str, Array], tape: Tape
+    ) -> tuple[Array, dict[str, Array]]:
+        """From tokens to the last norm, each layer as ``one`` has it; see `each_layer`."""
         # As the look-up leaves it, then by rows: XLA would gather the rows of all devices else.
         x_BTD = constrain(constrain(self.embed(tokens_BT), "bTd"), "BTD")
         x_BTD = tape.inside("embed")(tokens_BT, x_BTD)
-        x_BTD, kept = self.each_layer(one, x_BTD, tape.taps_of("layers"))
-        tape.kept.update(named(kept, "layers"))
-        return self.final_norm(x_BTD, tape.inside("final_norm"))
+        x_BTD, left = self.each_layer(one, x_BTD, given)
+        return self.final_norm(x_BTD, tape.inside("final_norm")), left
 
     def each_layer(
         self, one: OneLayer, x_BTD: Array, given: dict[str, Array]
@@ -156,7 +163,11 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden_BTD: Array) -> Array:
         """Unnormalised log-probabilities of the next token, ``[B, T, V]`` float32."""
-        return unembed(hidden_BTD, self.unembedding())
+        head = self.unembedding()
+        kernel_DV = head.embedding_VD.T if head.kernel_DV is None else head.kernel_DV
+        kernel_DV = kernel_DV.astype(hidden_BTD.dtype)
+        logits_BTV = product(hidden_BTD, kernel_DV, self.precision, jnp.float32)
+        return constrain(logits_BTV, "BTV")
 
     def unembedding(self) -> Head:
         """The weights of `logits`, for losses that make logits themselves."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,35 @@ if TYPE_CHECKING:
     from dh_jax.config import ModelConfig
 
 Array: TypeAlias = jax.Array
+
+
+PIECE = 192  # products that `product` sums along one chain where precision is highest
+
+
+def product(x: Array, kernel_IO: Array, precision: str, dtype: Any = None) -> Array:
+    """``x @ kernel``, ``[..., O]``.
+
+    Args:
+        x: ``[..., I]``.
+        kernel_IO: of the same dtype.
+        precision: ``default`` is the platform's own product: TPUs round float32 inputs to
+            bfloat16, and XLA's product on CPUs sums all I terms along one chain. ``highest``
+            is float32 throughout, summed in pieces: an error 1.7 (I = 576) to 2.8 times
+            (1,536) smaller on a CPU, for 6 % more time in a forward pass of SmolLM2.
+        dtype: of the result; None: that of ``x``.
+    """
+    if precision == "default":
+        return jnp.matmul(x, kernel_IO, preferred_element_type=dtype)
+    inputs = kernel_IO.shape[0]
+    pieces = [slice(start, start + PIECE) for start in range(0, inputs, PIECE)]
+    parts = [
+        jnp.matmul(x[..., piece], kernel_IO[piece], precision="highest",
+                   preferred_element_type=jnp.float32)
+        for piece in pieces
+    ]  # fmt: skip
+    while len(parts) > 1:  # in pairs, for the same reason
+        parts = [sum(parts[i + 1 : i + 2], parts[i]) for i in range(0, len(parts), 2)]
+    return parts[0].astype(dtype or x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -60,6 +89,7 @@ class Linear(nnx.Module):
         if bias:
             self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32))
         self.has_bias, self.form, self.dtype = bias, config.linear, config.dtype
+        self.precision = config.precision
         self.lora_scale = 0.0  # no adapters
 
     def __call__(self, x_BTI: Array, tape: Tape) -> Array:
@@ -67,7 +97,7 @@ class Linear(nnx.Module):
         given = x_BTI = x_BTI.astype(self.dtype)
         if self.form == "ternary":
             kernel_IO, given = ternary(kernel_IO), int8_rows(x_BTI)
-        y_BTO = given @ kernel_IO.astype(self.dtype)
+        y_BTO = product(given, kernel_IO.astype(self.dtype), self.precision)
         if self.has_bias:
             y_BTO = y_BTO + self.bias[...].astype(self.dtype)
         y_BTO = tape(given, y_BTO)

@@ -9,6 +9,7 @@ import jax
 
 from dh_jax.config import ModelConfig, validate_model
 from dh_jax.distributed.mesh import place
+from dh_jax.distributed.placement import AnyMesh, placed_shapes
 from dh_jax.errors import ConfigError
 from dh_jax.models import decoder, lora
 from dh_jax.models.decoder import Params
@@ -85,10 +86,36 @@ def start(
     if not config.lora.rank:
         return Started(params, decoder.loss_fn(graph, chunk))
     graph, adapters = lora.adapt(graph, params, config.lora, jax.random.fold_in(key, 1))
-    # Kernels are rounded to the activations' type where they are used; frozen ones can stay so.
-    frozen = jax.tree.map(lambda x: x.astype(config.dtype) if x.ndim > 1 else x, params)
     adapters = _place(adapters, shardings)
+    return Started(adapters, lora.loss_fn(graph, _freeze(params, config), chunk))
+
+
+def abstract_start(
+    config: ModelConfig,
+    vocab_size: int,
+    mesh: AnyMesh,
+    chunk: int = decoder.LOSS_CHUNK,
+) -> Started:
+    """`start` with shapes on a mesh for arrays: reads no weights, draws nothing."""
+    rows = config.vocab_size or vocab_size
+    graph, params = decoder.abstract_graph(config, rows), decoder.abstract_params(config, rows)
+    if not config.lora.rank:
+        return Started(placed_shapes(params, mesh), decoder.loss_fn(graph, chunk))
+
+    def adapt(params: Params, key: jax.Array) -> Params:
+        nonlocal graph
+        graph, adapters = lora.adapt(graph, params, config.lora, key)
+        return adapters
+
+    adapters = jax.eval_shape(adapt, params, jax.random.key(0))
+    frozen = jax.eval_shape(lambda params: _freeze(params, config), params)
+    frozen, adapters = placed_shapes(frozen, mesh), placed_shapes(adapters, mesh)
     return Started(adapters, lora.loss_fn(graph, frozen, chunk))
+
+
+def _freeze(params: Params, config: ModelConfig) -> Params:
+    """Kernels are rounded to the activations' type where they are used; frozen ones stay so."""
+    return jax.tree.map(lambda x: x.astype(config.dtype) if x.ndim > 1 else x, params)
 
 
 def _place(params: Params, shardings: Callable[[Params], Params] | None) -> Any:

@@ -89,7 +89,8 @@ class Run(NamedTuple):
     seed: int
     status: str
     targets: dict[str, float]
-    parameters: int
+    parameters: int  # that were trained
+    frozen: int  # beside them, under adapters
     device: str
     sources: tuple[str, ...]
     versions: dict[str, str]
@@ -173,6 +174,7 @@ def load_run(folder: Path) -> Run:
         status=status,
         targets=about.numbers("targets"),
         parameters=about.integer("parameters"),
+        frozen=about.integer("frozen") if "frozen" in about.record else 0,
         device=about.text("device"),
         sources=_sources(about, train),
         versions={k: str(v) for k, v in about.inner("versions").record.items()},

@@ -70,6 +70,29 @@ def records(out: Path, kind: str) -> list[dict[str, Any]]:
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
+def test_a_steered_run_compiles_nothing_behind_its_second_step(
+    make_run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Training, moves, evaluation and checkpoints, each twice behind step 2."""
+    config = make_run(tmp_path / "run", MixingConfig(policy="influence", interval=2))
+    config.training.steps, config.training.eval_interval = 6, 2
+    config.training.checkpoint_interval = 1  # that of step 2 is written before its evaluation ends
+    compiled: dict[tuple[int, str], list[str]] = {}
+
+    def note(record: dict[str, Any]) -> None:
+        names = [m for m in caplog.messages if m.startswith("Finished XLA compilation")]
+        compiled[record["step"], record["kind"]] = names
+
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        training.train(config, listeners=(note,))
+        note({"step": 6, "kind": "end"})
+    assert {kind for _, kind in compiled} == {"train", "reweight", "eval", "end"}
+    until = len(compiled[2, "eval"])
+    assert any("jit(step)" in message for message in compiled[1, "train"])
+    assert len(compiled[2, "reweight"]) > len(compiled[2, "train"]) > 0
+    assert compiled[6, "end"][until:] == []
+
+
 @pytest.fixture(scope="module")
 def reference(make_run: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run, as DoReMi asks for."""
