@@ -30,6 +30,7 @@ EXAMPLES = """examples:
   dh train data=demo mixing=influence --dry-run  what a run would cost
   dh train data=demo mixing=influence out=runs/a
   dh train data=demo mixing=influence out=runs/a resume=true
+  dh distill distillation.teacher=FOLDER data=demo out=runs/b
   dh replay runs/a --step 40                     what its batch at a step held
   dh report runs/a runs/b --out report.html
   dh convert model.gguf folder                   a checkpoint to start from
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         options.overrides = [*options.overrides, *rest]
     code = _run(options)
-    if options.command != "train":
+    if options.command not in ("train", "distill"):
         return code
     together = code in (0, EXIT_INTERRUPTED)
     return int(_module("distributed.processes").leave(code, together=together))
@@ -91,6 +92,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("train", _train, "Train a model on a mixture; steer, judge, log and save it.")
     sub.add_argument("--dry-run", action="store_true", help="price the run without starting it")
+    sub = command("distill", _distill, "Train a student from a teacher, live or cached.")
+    sub.epilog = "`dh distill cache ...` runs the teacher over the data and keeps what it says"
+    sub.set_defaults(dry_run=False)
     sub = command("prepare", _prepare, "Tokenise a data config into a store on disk.")
     sub.add_argument("--verify", action="store_true", help="also compare every shard's checksum")
     sub.add_argument("--backend", choices=("local", "ray"), help="default: data.prepare.backend")
@@ -162,7 +166,7 @@ def _train(options: argparse.Namespace) -> int:
     # Before anything touches a device; beside the first process none speaks but of errors.
     console = _console(quiet=_module("distributed.processes").join(run.mesh) > 0)
     with _module("console").TrainProgress(run.training.steps, console) as progress:
-        command = " ".join(["dh train", *options.overrides])
+        command = " ".join([f"dh {options.command}", *options.overrides])
         facts = train.train(run, listeners=(progress,), command=command)
     if facts["status"] != "finished":
         console.print(
@@ -170,6 +174,29 @@ def _train(options: argparse.Namespace) -> int:
         )
         return EXIT_INTERRUPTED
     console.print(f"finished; `dh report {run.out}` shows it")
+    return 0
+
+
+def _distill(options: argparse.Namespace) -> int:
+    caching = options.overrides[:1] == ["cache"]
+    distilling, compose = _module("distilling"), _module("compose")
+    options.overrides = distilling.with_defaults(options.overrides[1 if caching else 0 :])
+    if not caching:
+        distilling.refuse_without_teacher(compose.compose_run(options.overrides))
+        return _train(options)
+    console = _console()
+    with console.status("the teacher is read") as status:
+
+        def progress(source: str, entries: int) -> None:
+            status.update(f"{source}: {entries:,} tokens")
+
+        cached = distilling.make_cache(compose.compose_run(options.overrides), progress)
+    entries = sum(shard["entries"] for shard in cached.manifest["shards"])
+    size = sum(path.stat().st_size for path in cached.folder.rglob("*.safetensors"))
+    console.print(
+        f"{cached.folder}: {len(cached):,} pieces, {entries:,} tokens, "
+        f"{size / max(entries, 1):.1f} bytes a token"
+    )
     return 0
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from dh_jax.distillation_schema import DistillationConfig
+
 SPLITS = ("train", "probe", "eval")
 # array_record holds JSON objects, array_record_text plain UTF-8.
 FILE_FORMATS = ("jsonl", "parquet", "arrow", "text", "array_record", "array_record_text")
@@ -245,12 +247,8 @@ class ModelConfig:
     tied: bool = True
     init_scale: float = 0.02
     dtype: str = "float32"  # of activations; parameters stay float32
-<<<<<<< HEAD
     precision: str = "default"  # of linear layers; or highest (see `dh_jax.models.layers.product`)
-    attention: str = "xla"  # the kernel; no other yet
-=======
     attention: str = "xla"  # the kernel; pallas on a TPU or GPU (see dh_jax.models.kernels)
->>>>>>> generation
     remat: str = "none"  # or what a layer's backward finds saved: a policy of jax.checkpoint
     scan_layers: bool = False  # parameters stacked over layers: compiles in the time of one
     linear: str = "dense"  # or ternary: weights -1, 0, 1 and 8-bit activations (BitNet b1.58)
@@ -377,6 +375,7 @@ class RunConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     mixing: MixingConfig = field(default_factory=MixingConfig)
     influence: InfluenceConfig = field(default_factory=InfluenceConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     out: str = "runs/default"
     resume: bool = False

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dh_jax import trackers
+from dh_jax import distilling, trackers
 from dh_jax.batch import Batch
 from dh_jax.config import (
     RunConfig,
@@ -139,12 +139,13 @@ class Run(NamedTuple):
     tokenizer: TokenizerWrapper
     loader: Loader
     samplers: Samplers | None  # None where nothing needs influence
-    loss_fn: LossFn
+    loss_fn: LossFn  # against the data: what is trained unless distilled, and what is judged
     calculator: DataInfCalculator
     optimizer: InfluenceAwareOptimizer
     params: Params
     state: InfluenceState
     key: jax.Array
+    distilled: distilling.Distilled | None  # what is trained instead
 
 
 def check(config: RunConfig) -> RunConfig:
@@ -154,6 +155,7 @@ def check(config: RunConfig) -> RunConfig:
         ConfigError: names the value, the limit and the cure.
     """
     check_training(config.training)
+    distilling.check_distillation(config)
     data = load_data_config(config.data)
     mixing = resolve_reference(config.mixing, list(data.sources))
     return dataclasses.replace(config, data=data, mixing=mixing, model=resolve(config.model))
@@ -167,7 +169,9 @@ def open_run(config: RunConfig, closing: ExitStack) -> Run:
     tokenizer = TokenizerWrapper.load(data.tokenizer, add_bos=data.add_bos, add_eos=data.add_eos)
     sizes = source_tokens(data, tokenizer) if config.mixing.policy in SIZED else None
     policy = make_policy(config.mixing, list(data.sources), sizes)
-    loader = training_loader(config, tokenizer=tokenizer, shard=loader_shard(mesh))
+    cached = distilling.find_cache(config)
+    join = None if cached is None else cached.join
+    loader = training_loader(config, tokenizer=tokenizer, shard=loader_shard(mesh), join=join)
     closing.enter_context(loader)
     samplers = None
     measures = bool(policy.needs & SAMPLED or config.influence.documents)
@@ -183,6 +187,7 @@ def open_run(config: RunConfig, closing: ExitStack) -> Run:
     )
     params, loss_fn = model.params, on_mesh(model.loss_fn, mesh)
     warn_unsplit(params, mesh)
+    distilled = distilling.open_distillation(config, cached, model.hidden_fn, loader, mesh)
     calculator = DataInfCalculator(
         loss_fn, damping=config.influence.damping, parameters=config.influence.parameters
     )
@@ -203,7 +208,7 @@ def open_run(config: RunConfig, closing: ExitStack) -> Run:
     loader.set_weights(by_source(loader, state.weights_M))
     return Run(
         config, mesh, tokenizer, loader, samplers, loss_fn, calculator, optimizer, params, state,
-        replicate(key, mesh),
+        replicate(key, mesh), distilled,
     )  # fmt: skip
 
 
@@ -319,6 +324,8 @@ def _loop(
                 assert rows is not None
                 batch = to_device(rows, run.mesh)
                 key = jax.random.fold_in(run.key, step)
+                if run.distilled is not None:  # another loss at every step, in one program
+                    train_step = partial(train_step.func, run.distilled.loss_at(step))
                 params, state, metrics = train_step(params, state, batch, key)
                 loss = float(metrics.loss)
             if not np.isfinite(loss):
@@ -329,6 +336,9 @@ def _loop(
             # The first step too: its record holds the weights that the run began with.
             if step % training.log_interval == 0 or step in (1, training.steps):
                 log.write(train_record(step, metrics, learning_rate, loader, run.mesh, rows))
+            if run.distilled and (step % training.eval_interval == 0 or step == training.steps):
+                with phase("distillation", step):
+                    log.write(run.distilled.record(step, params, batch))
             if optimizer.due(step):
                 try:
                     with phase("reweight", step):

@@ -23,6 +23,7 @@ HOUSE = ("dh_jax", "dh_torch_bridge", "hydra_plugins")
 FLOORS = {
     "dh_jax.batch": 1,
     "dh_jax.config": 1,
+    "dh_jax.distillation_schema": 1,
     "dh_jax.errors": 1,
     "dh_jax.rules": 1,
     "dh_jax.schema": 1,
@@ -37,6 +38,7 @@ FLOORS = {
     "dh_jax.distillation": 3,
     "dh_jax.influence.optimizer": 4,
     "dh_jax.completion": 4,
+    "dh_jax.distilling": 4,
     "dh_jax.dryrun": 4,
     "dh_jax.evaluate": 4,
     "dh_jax.inspection": 4,
