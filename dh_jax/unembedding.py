@@ -142,30 +142,28 @@ def fused_losses(
 def _forward(
     score: Score, hidden_BTD: Array, head: Head, part: Any, whole: Any, mask_BT: Array, chunk: int
 ) -> tuple[Array, Any]:
-    given = hidden_BTD, head, part, whole
-    loss_BT, of_sum = _with_gradients(score, *given, mask_BT.astype(jnp.float32), chunk)
-    return loss_BT, (given, mask_BT, of_sum)
+    weight_BT = mask_BT.astype(jnp.float32)
+    loss_BT, of_sum = _with_gradients(score, hidden_BTD, head, part, whole, weight_BT, chunk)
+    return loss_BT, ((hidden_BTD, head, part, whole), mask_BT, of_sum)
 
 
 def _backward(score: Score, chunk: int, kept: Any, weight_BT: Array) -> tuple[Any, ...]:
-    given, mask_BT, of_sum = kept
+    (hidden, table, part, whole), mask_BT, of_sum = kept
     least = jnp.where(mask_BT, weight_BT, jnp.inf).min()
     most = jnp.where(mask_BT, weight_BT, -jnp.inf).max()
     scale = jnp.where(mask_BT.any(), most, 0.0)
 
     def again() -> tuple[Array, Head]:
         weights_BT = jnp.where(mask_BT, weight_BT, 0.0).astype(jnp.float32)
-        return _with_gradients(score, *given, weights_BT, chunk)[1]
+        return _with_gradients(score, hidden, table, part, whole, weights_BT, chunk)[1]
 
     def scaled() -> tuple[Array, Head]:
         scaled: tuple[Array, Head] = jax.tree.map(lambda x: (x * scale).astype(x.dtype), of_sum)
         return scaled
 
     hidden_BTD, head = jax.lax.cond(least < most, again, scaled)
-    like = given[1]
-    head = Head(
-        *(None if x is None else x.astype(w.dtype) for x, w in zip(head[:3], like[:3], strict=True))
-    )
+    typed = [None if x is None else x.astype(w.dtype) for x, w in zip(head, table, strict=True)]
+    head = Head(*typed[:3])
     return hidden_BTD, head, None, None, None
 
 

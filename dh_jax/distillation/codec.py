@@ -85,8 +85,8 @@ def encode(entries: TopKLogits, of: Layout) -> Bytes:
     Returns:
         ``[N, width]``.
     """
-    ids = np.ascontiguousarray(entries.ids_BTK, np.uint32)
-    logp = np.asarray(entries.log_probs_BTK, np.float64)
+    ids: Any = np.ascontiguousarray(entries.ids_BTK, np.uint32)
+    logp: Any = np.asarray(entries.log_probs_BTK, np.float64)
     last, least = entries.log_tail_BT, -1e-3
     if of.sampled:
         order = np.argsort(-logp, axis=-1)

@@ -80,7 +80,8 @@ def make_objective(
 
 
 def _arrays(mix: Mix) -> Mix:
-    return Mix(*(None if x is None else jnp.float32(x) for x in mix))
+    arrays: Any = (None if x is None else jnp.float32(x) for x in mix)
+    return Mix(*arrays)
 
 
 def _loss(

@@ -138,9 +138,9 @@ def fingerprint_of(weights: Any, *facts: Any) -> str:
     digest = hashlib.blake2b(repr(facts).encode(), digest_size=16)
     if isinstance(weights, str | Path):
         files = [*Path(weights).glob("*.safetensors"), Path(weights) / "config.json"]
-        for path in sorted(files):
-            digest.update(path.name.encode())
-            with path.open("rb") as file:
+        for name in sorted(files):
+            digest.update(name.name.encode())
+            with name.open("rb") as file:
                 while block := file.read(1 << 24):
                     digest.update(block)
         return digest.hexdigest()

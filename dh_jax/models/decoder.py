@@ -163,8 +163,10 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden_BTD: Array) -> Array:
         """Unnormalised log-probabilities of the next token, ``[B, T, V]`` float32."""
-        head = self.unembedding()
-        kernel_DV = head.embedding_VD.T if head.kernel_DV is None else head.kernel_DV
+        if self.head is None:
+            kernel_DV = self.embed.embedding[...].T
+        else:
+            kernel_DV = self.head.kernel[...]
         kernel_DV = kernel_DV.astype(hidden_BTD.dtype)
         logits_BTV = product(hidden_BTD, kernel_DV, self.precision, jnp.float32)
         return constrain(logits_BTV, "BTV")

