@@ -28,7 +28,6 @@ from tests.dh_jax.distillation.cases import (
     kind_of,
 )
 
-
 QUICKEST = (("tail", "forward_kl"), ("both_renormalised", "forward_kl"))
 
 
