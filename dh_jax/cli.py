@@ -34,6 +34,7 @@ EXAMPLES = """examples:
   dh replay runs/a --step 40                     what its batch at a step held
   dh report runs/a runs/b --out report.html
   dh convert model.gguf folder                   a checkpoint to start from
+  dh export runs/a folder                        what a run has trained, for the torch world
   dh generate runs/a "Once upon a time"          what a run's or a folder's model writes
   dh demo                                        everything, on real text from packages
 """
@@ -148,6 +149,15 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--tokenizer", metavar="NAME", help="default: the model's own")
     sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     sub.add_argument("--json", action="store_true", help=JSON)
+    sub = command(
+        "export", _export, "Write what a run has trained as a Hugging Face folder.", overrides=False
+    )
+    sub.add_argument("folder", type=Path, metavar="RUN", help="folder of a run")
+    sub.add_argument("out", type=Path, metavar="OUT", help="a folder that does not exist yet")
+    sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    sub.add_argument(
+        "--adapters", action="store_true", help="the adapters alone (PEFT), not merged"
+    )
     command("configs", _configs, "List the configs that ship.", overrides=False)
     sub = command("demo", _demo, "Train steered, static and uniform runs; report.", overrides=False)
     sub.add_argument("--folder", type=Path, default=Path(".demo"))
@@ -309,6 +319,15 @@ def _generate(options: argparse.Namespace) -> int:
         ]))  # fmt: skip
         return 0
     console.print_written(prompts, written, chat=options.chat, console=_console(highlight=False))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    print(
+        _module("export").export_run(
+            options.folder, options.out, dtype=options.dtype, adapters=options.adapters
+        )
+    )
     return 0
 
 

@@ -24,7 +24,7 @@ from dh_jax.distributed.checkpoint import read_arrays
 from dh_jax.errors import ConfigError, DataError
 from dh_jax.models import decoder, lora
 from dh_jax.models.decoder import Graph, Params
-from dh_jax.models.generation import Generated, Sampling, stream
+from dh_jax.models.generation import GREEDY, Generated, Sampling, stream
 from dh_jax.models.gguf import convert_gguf
 from dh_jax.models.pretrained import find_folder, load_pretrained
 from dh_jax.models.start import resolve
@@ -156,7 +156,7 @@ def complete(
     new_tokens: int = 128,
     chat: bool = False,
     system: str | None = None,
-    sampling: Sampling = Sampling(),  # noqa: B008 - immutable
+    sampling: Sampling = GREEDY,
     seed: int = 0,
     every: int = 4,
 ) -> Iterator[Written]:

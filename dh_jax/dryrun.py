@@ -18,11 +18,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dh_jax.batch import Batch
 from dh_jax.config import ModelConfig, TrainingConfig
-from dh_jax.distributed.mesh import ROWS, row_ways
+from dh_jax.distributed.mesh import ROWS
 from dh_jax.distributed.placement import AnyMesh, check_heads, on_mesh, placed_shapes
 from dh_jax.influence.optimizer import InfluenceAwareOptimizer
 from dh_jax.mixing.policy import uniform
-from dh_jax.models import decoder
 from dh_jax.models.start import abstract_start
 from dh_jax.train import make_optimizer, make_step
 
@@ -71,8 +70,7 @@ def abstract_step(
     optimizer = InfluenceAwareOptimizer(
         make_optimizer(training), uniform(), source_names=names, weights=[1 / sources] * sources
     )
-    chunk = decoder.LOSS_CHUNK * row_ways(mesh)
-    params, loss_fn = abstract_start(model, vocab_size, mesh, chunk)
+    params, loss_fn = abstract_start(model, vocab_size, mesh)
     state = placed_shapes(jax.eval_shape(optimizer.init, params), mesh)
     whole = NamedSharding(mesh, PartitionSpec())
     shardings = jax.tree.map(lambda x: x.sharding, (params, state))

@@ -38,7 +38,6 @@ from dh_jax.distributed.mesh import (
     loader_shard,
     make_mesh,
     replicate,
-    row_ways,
     to_device,
 )
 from dh_jax.distributed.placement import check_heads, on_mesh, param_shardings, warn_unsplit
@@ -180,11 +179,7 @@ def open_run(config: RunConfig, closing: ExitStack) -> Run:
         samplers = Samplers(data, config.influence, tokenizer, mesh, seed=seed)
         closing.enter_context(samplers)
     key = jax.random.key(seed)
-    # A chunk of targets is cut from all rows, so it is as many times longer as rows are split.
-    chunk = decoder.LOSS_CHUNK * row_ways(mesh)
-    model = start(
-        config.model, tokenizer.vocab_size, key, lambda p: param_shardings(p, mesh), chunk
-    )
+    model = start(config.model, tokenizer.vocab_size, key, lambda p: param_shardings(p, mesh))
     params, loss_fn = model.params, on_mesh(model.loss_fn, mesh)
     warn_unsplit(params, mesh)
     distilled = distilling.open_distillation(config, cached, model.hidden_fn, loader, mesh)

@@ -41,6 +41,7 @@ FLOORS = {
     "dh_jax.distilling": 4,
     "dh_jax.dryrun": 4,
     "dh_jax.evaluate": 4,
+    "dh_jax.export": 4,
     "dh_jax.inspection": 4,
     "dh_jax.metrics": 4,
     "dh_jax.pricing": 4,

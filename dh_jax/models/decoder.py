@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dh_jax.config import validate_model
+from dh_jax.distributed.mesh import row_ways
 from dh_jax.distributed.placement import constrain
 from dh_jax.errors import ConfigError
 from dh_jax.functions import Head
@@ -44,7 +45,7 @@ Graph: TypeAlias = nnx.GraphDef["Decoder"]
 
 OneLayer: TypeAlias = Callable[["Block", Array, dict[str, Array]], tuple[Array, dict[str, Array]]]
 
-LOSS_CHUNK = 1024  # targets whose logits exist at one time
+LOSS_TABLE = 2**26  # elements of logits that exist at one time on a device: 256 MiB
 
 
 class Block(nnx.Module):
@@ -168,8 +169,7 @@ class Decoder(nnx.Module):
         else:
             kernel_DV = self.head.kernel[...]
         kernel_DV = kernel_DV.astype(hidden_BTD.dtype)
-        logits_BTV = product(hidden_BTD, kernel_DV, self.precision, jnp.float32)
-        return constrain(logits_BTV, "BTV")
+        return constrain(product(hidden_BTD, kernel_DV, self.precision, jnp.float32), "BTV")
 
     def unembedding(self) -> Head:
         """The weights of `logits`, for losses that make logits themselves."""
@@ -233,14 +233,15 @@ def unstack_layers(params: Params) -> Params:
 # --- the functions others see ----------------------------------------------------------------
 
 
-def loss_fn(graph: Graph, chunk: int = LOSS_CHUNK) -> LossFn:
+def loss_fn(graph: Graph, chunk: int | None = None) -> LossFn:
     """Next-token cross-entropy of the decoder behind ``graph``.
 
     Args:
         graph: from `build`.
-        chunk: targets (of all rows together) whose logits exist at one time. The backward pass
-            makes them again, so no ``[B, T, V]`` table is ever held; on a CPU with a vocabulary
-            of 8,192 this costs no time. On a mesh multiply it by the number of devices.
+        chunk: targets (of all rows together) whose logits exist at one time; None: as many as
+            `LOSS_TABLE` has room for, on each device that rows are split over. Where that is
+            not all of them the backward pass makes the logits again, one product in four of
+            the head's, so that no ``[B, T, V]`` table is ever held.
 
     Returns:
         ``(params, batch, key) -> loss_BT`` in float32 nats, 0 where the loss mask is False.
@@ -254,8 +255,11 @@ def loss_fn(graph: Graph, chunk: int = LOSS_CHUNK) -> LossFn:
     return loss
 
 
-def loss_of(model: Decoder, batch: Batch, chunk: int, tape: Tape) -> Array:
+def loss_of(model: Decoder, batch: Batch, chunk: int | None, tape: Tape) -> Array:
     """The loss of a merged model; `loss_fn` and its tapped sibling say what it is."""
+    if chunk is None:  # one is cut from all rows, so it grows with the ways that rows are split
+        rows = len(model.embed.embedding)
+        chunk = max(1, LOSS_TABLE // rows) * row_ways(jax.sharding.get_abstract_mesh())
     hidden_BTD = model(batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT, tape)
     loss_BT = chunked_cross_entropy(model.logits, hidden_BTD, batch.targets_BT, chunk)
     return jnp.where(batch.loss_mask_BT, loss_BT, 0.0)
@@ -286,7 +290,7 @@ def logits_fn(graph: Graph) -> LogitsFn:
 # --- what it costs ---------------------------------------------------------------------------
 
 
-def count_parameters(params: Params) -> int:
+def count_parameters(params: Any) -> int:
     """Elements of all parameters (or of `abstract_params`); tied weights count once."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 

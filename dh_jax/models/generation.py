@@ -35,10 +35,13 @@ PROMPT_STEP = 64  # prompts are padded to a multiple of it, so that few lengths 
 class Sampling(NamedTuple):
     """How the next token is drawn. A filter that is None is off."""
 
-    temperature: float = 0.0  # 0: the likeliest token, whatever the filters
+    temperature: float | None = None  # None or 0: the likeliest token, whatever the filters
     top_k: int | None = None  # among the k likeliest (Fan et al. 2018), and their equals
     top_p: float | None = None  # among the likeliest that together have probability p
     # (Holtzman et al. 2020), and their equals; of what top_k left
+
+
+GREEDY = Sampling()
 
 
 class Generated(NamedTuple):
@@ -68,7 +71,7 @@ def generate(
     new_tokens: int,
     *,
     stop_ids: Sequence[int] = (),
-    sampling: Sampling = Sampling(),  # noqa: B008 - immutable
+    sampling: Sampling = GREEDY,
     key: Array | None = None,
 ) -> Generated:
     """Continue token sequences.
@@ -102,7 +105,7 @@ def stream(
     new_tokens: int,
     *,
     stop_ids: Sequence[int] = (),
-    sampling: Sampling = Sampling(),  # noqa: B008 - immutable
+    sampling: Sampling = GREEDY,
     key: Array | None = None,
     every: int = 1,
 ) -> Iterator[Generated]:
@@ -166,14 +169,14 @@ def _aligned(
 def _checked(sampling: Sampling) -> Sampling:
     """Filters without effect become None, which is part of what is compiled."""
     temperature, top_k, top_p = sampling
-    if not 0 <= temperature < float("inf"):
+    if temperature is not None and not 0 <= temperature < float("inf"):
         raise ConfigError(f"temperature is {temperature}; it must be 0 (greedy) or above")
     if top_k is not None and top_k < 1:
         raise ConfigError(f"top_k is {top_k}; the least is 1, and None leaves all tokens")
     if top_p is not None and not 0 < top_p <= 1:
         raise ConfigError(f"top_p is {top_p}; it must be above 0 and at most 1")
-    if temperature == 0:
-        return Sampling(None, None, None)  # type: ignore[arg-type]
+    if not temperature:
+        return GREEDY
     return sampling._replace(top_p=None if top_p == 1 else top_p)
 
 

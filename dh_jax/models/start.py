@@ -58,7 +58,7 @@ def start(
     vocab_size: int,
     key: jax.Array,
     shardings: Callable[[Params], Params] | None = None,
-    chunk: int = decoder.LOSS_CHUNK,
+    chunk: int | None = None,
 ) -> Started:
     """The model that a run begins with.
 
@@ -95,7 +95,7 @@ def abstract_start(
     config: ModelConfig,
     vocab_size: int,
     mesh: AnyMesh,
-    chunk: int = decoder.LOSS_CHUNK,
+    chunk: int | None = None,
 ) -> Started:
     """`start` with shapes on a mesh for arrays: reads no weights, draws nothing."""
     rows = config.vocab_size or vocab_size
