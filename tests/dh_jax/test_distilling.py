@@ -126,7 +126,11 @@ def test_a_cached_teacher_trains_as_the_live_one_does(data_file, teacher_folder,
         training.stop_signals = whole
     assert cli.main([*run, "resume=true"]) == 0
     assert (half / "metrics.jsonl").read_bytes() == (stored / "metrics.jsonl").read_bytes()
-    assert cli.main(["report", str(live), str(stored), "--out", str(tmp_path / "r.html")]) == 0
+    page = tmp_path / "report.html"
+    assert cli.main(["report", str(stored), "--out", str(page)]) == 0
+    text = page.read_text()
+    assert "static, distilled" in text and "unknown kind" not in text
+    assert f"{sparse['divergence']:.3f}" in text.partition('id="teacher"')[2]
 
 
 class _stopping_behind:
