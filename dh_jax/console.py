@@ -66,6 +66,9 @@ class TrainProgress:
                 for name, figures in record["domains"].items()
             )
             self._console.print(f"step {record['step']:>6}  bits/byte  {losses}", highlight=False)
+        elif record["kind"] == "distillation":
+            said = "  ".join(f"{k} {record[k]:.3f}" for k in ("divergence", "agreement"))
+            self._console.print(f"step {record['step']:>6}  teacher    {said}", highlight=False)
         elif record["kind"] == "reweight":
             weights = "  ".join(f"{name} {w:.3f}" for name, w in record["weights"].items())
             self._console.print(f"step {record['step']:>6}  weights    {weights}", highlight=False)
