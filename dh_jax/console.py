@@ -22,14 +22,15 @@ if TYPE_CHECKING:
 def print_influence_price(price: InfluencePrice, console: Console) -> None:
     """A dry run's estimate of `dh influence`."""
     table = Table("step", title="what the run takes")
-    table.add_column("minutes", justify="right")
+    table.add_column("minutes, from", justify="right")
+    table.add_column("to", justify="right")
     for name, seconds in (
         ("fitting", price.fit_seconds),
         ("queries", price.query_seconds),
         ("scoring", price.score_seconds),
         ("all", price.seconds),
     ):
-        table.add_row(name, f"{seconds / 60:,.1f}")
+        table.add_row(name, f"{seconds / 60:,.1f}", f"{price.slowest * seconds / 60:,.1f}")
     console.print(table)
     console.print(f"parameters {price.parameters:,}, {price.coverage:.0%} of them looked at")
     console.print(
