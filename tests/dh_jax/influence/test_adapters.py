@@ -39,12 +39,11 @@ def problem():
         tiny.pack([[rng.integers(0, tiny.VOCAB, T)] for _ in range(count)], T) for count in (N, K)
     )
 
-    @jax.jit
-    def slopes(batch):
-        def total(adapters, row):
-            return loss(adapters, jax.tree.map(lambda x: x[row : row + 1], batch), KEY).sum()
+    slope = jax.jit(jax.grad(lambda adapters, row: loss(adapters, row, KEY).sum()))
 
-        return [jax.grad(total)(adapters, row) for row in range(len(batch.tokens_BT))]
+    def slopes(batch):
+        rows = [jax.tree.map(lambda x, i=i: x[i : i + 1], batch) for i in range(len(batch[0]))]
+        return [slope(adapters, row) for row in rows]
 
     return loss, adapters, train, probe, slopes(train), slopes(probe)
 
