@@ -14,10 +14,10 @@ from typing import Any
 
 import jax
 import numpy as np
+
 from benchmarks import _digits, _text
 from benchmarks._measure import cpu_seconds, peak_mib, pin, resident_mib
 from benchmarks._models import load
-
 from dh_jax.batch import Batch
 from dh_jax.influence.ekfac import ekfac
 from dh_jax.influence.empirical_fisher import datainf, woodbury

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from benchmarks._measure import cpu_seconds, peak_mib, pin, resident_mib
 
 FOLDER = Path(".bench/attribution")

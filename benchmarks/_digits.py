@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from benchmarks._lds import Recipe
 
+from benchmarks._lds import Recipe
 from dh_jax.batch import Batch
 from dh_jax.functions import TappedLayer, cross_entropy
 from dh_jax.influence.objective import Objective

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from benchmarks import _influence_setting as setting
 from benchmarks._measure import cpu_seconds, peak_mib, pin, resident_mib
-
 from dh_jax.influence import empirical_fisher
 from dh_jax.influence.ekfac import ekfac
 from dh_jax.influence.empirical_fisher import datainf

@@ -11,12 +11,11 @@ import re
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
+
 from benchmarks import _text
 from benchmarks._corpus import texts
-
 from dh_jax.batch import Batch
 from dh_jax.config import LoraConfig
 from dh_jax.influence.empirical_fisher import datainf, woodbury

@@ -8,8 +8,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from benchmarks import _digits
 
+from benchmarks import _digits
 from dh_jax.influence.ekfac import ekfac
 from dh_jax.influence.estimator import score
 from dh_jax.influence.first_order import gradient_dot

@@ -5,20 +5,17 @@ Shapes: B rows, T tokens, K queries. A row is one document of 64 letters, of whi
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import re
 from functools import partial
-from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from benchmarks._lds import FOLDER, Recipe
-from pydoc_data.topics import topics
 
+from benchmarks._lds import Recipe
 from dh_jax.batch import Batch
 from dh_jax.config import ModelConfig
 from dh_jax.influence.objective import Objective

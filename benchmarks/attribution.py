@@ -17,11 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from benchmarks import _attribution_ours, _digits, _labels, _leave_one_out, _text
 from benchmarks._lds import FOLDER, Truth, ceiling, half_subsets, lds, retrained, trainer
 from benchmarks._measure import in_a_process
 from benchmarks._models import flat, save
-
 from dh_jax.models.pretrained import save_pretrained
 
 HERE = Path(__file__).resolve().parent

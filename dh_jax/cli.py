@@ -9,6 +9,7 @@ import argparse
 import importlib
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -30,9 +31,14 @@ EXAMPLES = """examples:
   dh train data=demo mixing=influence --dry-run  what a run would cost
   dh train data=demo mixing=influence out=runs/a
   dh train data=demo mixing=influence out=runs/a resume=true
+  dh distill distillation.teacher=FOLDER data=demo out=runs/b
   dh replay runs/a --step 40                     what its batch at a step held
+  dh mix data=demo search=regmix training.steps=40 out=runs/mix   look for weights first
   dh report runs/a runs/b --out report.html
+  dh influence data=demo run=runs/a              which documents helped which probes
   dh convert model.gguf folder                   a checkpoint to start from
+  dh export runs/a folder                        what a run has trained, for the torch world
+  dh generate runs/a "Once upon a time"          what a run's or a folder's model writes
   dh demo                                        everything, on real text from packages
 """
 
@@ -52,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         options.overrides = [*options.overrides, *rest]
     code = _run(options)
-    if options.command != "train":
+    if options.command not in ("train", "distill"):
         return code
     together = code in (0, EXIT_INTERRUPTED)
     return int(_module("distributed.processes").leave(code, together=together))
@@ -90,6 +96,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("train", _train, "Train a model on a mixture; steer, judge, log and save it.")
     sub.add_argument("--dry-run", action="store_true", help="price the run without starting it")
+    sub = command("influence", _influence, "Score which documents helped or harmed which probes.")
+    sub.add_argument("--dry-run", action="store_true", help="price the run without starting it")
+    command("mix", _mix, "Look for a mixture's weights with many small runs.")
+    sub = command("distill", _distill, "Train a student from a teacher, live or cached.")
+    sub.epilog = "`dh distill cache ...` runs the teacher over the data and keeps what it says"
+    sub.set_defaults(dry_run=False)
     sub = command("prepare", _prepare, "Tokenise a data config into a store on disk.")
     sub.add_argument("--verify", action="store_true", help="also compare every shard's checksum")
     sub.add_argument("--backend", choices=("local", "ray"), help="default: data.prepare.backend")
@@ -127,6 +139,31 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("out", type=Path, metavar="OUT", help="a folder that does not exist yet")
     sub.add_argument("--tokenizer", metavar="NAME", help="default: the file's own")
     sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    sub = command("generate", _generate, "Write on from a prompt.", overrides=False)
+    sub.add_argument(
+        "model", metavar="MODEL", help="a model's folder, hub name or GGUF file, or a run's folder"
+    )
+    sub.add_argument("prompts", nargs="*", metavar="PROMPT", help="default: standard input")
+    sub.add_argument("--chat", action="store_true", help="a prompt is a message to an assistant")
+    sub.add_argument("--system", metavar="TEXT", help="the system's message, with --chat")
+    sub.add_argument("--tokens", type=int, default=128, help="the most that are written")
+    sub.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest")
+    sub.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest")
+    sub.add_argument("--top-p", type=float, metavar="P", help="among the likeliest, together P")
+    sub.add_argument("--samples", type=int, default=1, metavar="N", help="of each prompt")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--tokenizer", metavar="NAME", help="default: the model's own")
+    sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    sub.add_argument("--json", action="store_true", help=JSON)
+    sub = command(
+        "export", _export, "Write what a run has trained as a Hugging Face folder.", overrides=False
+    )
+    sub.add_argument("folder", type=Path, metavar="RUN", help="folder of a run")
+    sub.add_argument("out", type=Path, metavar="OUT", help="a folder that does not exist yet")
+    sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    sub.add_argument(
+        "--adapters", action="store_true", help="the adapters alone (PEFT), not merged"
+    )
     command("configs", _configs, "List the configs that ship.", overrides=False)
     sub = command("demo", _demo, "Train steered, static and uniform runs; report.", overrides=False)
     sub.add_argument("--folder", type=Path, default=Path(".demo"))
@@ -145,7 +182,7 @@ def _train(options: argparse.Namespace) -> int:
     # Before anything touches a device; beside the first process none speaks but of errors.
     console = _console(quiet=_module("distributed.processes").join(run.mesh) > 0)
     with _module("console").TrainProgress(run.training.steps, console) as progress:
-        command = " ".join(["dh train", *options.overrides])
+        command = " ".join([f"dh {options.command}", *options.overrides])
         facts = train.train(run, listeners=(progress,), command=command)
     if facts["status"] != "finished":
         console.print(
@@ -153,6 +190,59 @@ def _train(options: argparse.Namespace) -> int:
         )
         return EXIT_INTERRUPTED
     console.print(f"finished; `dh report {run.out}` shows it")
+    return 0
+
+
+def _influence(options: argparse.Namespace) -> int:
+    schema = _module("attribution.config").AttributionConfig
+    config = _module("compose").compose("attribution", schema, options.overrides)
+    console, looks = _console(), _module("console")
+    if options.dry_run:
+        price = _module("attribution.price").price_influence(config)
+        looks.print_influence_price(price, console)
+        return 0
+    command = shlex.join(["dh", "influence", *options.overrides])
+    with looks.InfluenceProgress(console) as progress:
+        facts = _module("attribution.command").influence(config, listener=progress, command=command)
+    console.print(f"{facts['scored']:,} documents scored; {facts['report']} shows them")
+    return 0
+
+
+def _mix(options: argparse.Namespace) -> int:
+    config = _module("compose").compose_search(options.overrides)
+    search, console, folder = _module("search"), _console(), Path(config.out)
+    try:
+        with _module("console").SearchProgress(console) as progress:
+            finding = search.find_weights(config, progress)
+    except KeyboardInterrupt:
+        console.print("interrupted; go on with the same command and resume=true")
+        return EXIT_INTERRUPTED
+    search.write_search_report(config, finding, folder / "report.html")
+    _module("console").print_finding(finding, console)
+    console.print(f"`dh train data={folder / 'data.yaml'}` takes them; {folder / 'report.html'}")
+    return 0
+
+
+def _distill(options: argparse.Namespace) -> int:
+    caching = options.overrides[:1] == ["cache"]
+    distilling, compose = _module("distilling"), _module("compose")
+    options.overrides = distilling.with_defaults(options.overrides[1 if caching else 0 :])
+    if not caching:
+        distilling.refuse_without_teacher(compose.compose_run(options.overrides))
+        return _train(options)
+    console = _console()
+    with console.status("the teacher is read") as status:
+
+        def progress(source: str, entries: int) -> None:
+            status.update(f"{source}: {entries:,} tokens")
+
+        cached = distilling.make_cache(compose.compose_run(options.overrides), progress)
+    entries = sum(shard["entries"] for shard in cached.manifest["shards"])
+    size = sum(path.stat().st_size for path in cached.folder.rglob("*.safetensors"))
+    console.print(
+        f"{cached.folder}: {len(cached):,} pieces, {entries:,} tokens, "
+        f"{size / max(entries, 1):.1f} bytes a token"
+    )
     return 0
 
 
@@ -235,6 +325,43 @@ def _convert(options: argparse.Namespace) -> int:
     print(
         _module("models.gguf").convert_gguf(
             options.file, options.out, tokenizer=options.tokenizer, dtype=options.dtype
+        )
+    )
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    prompts = options.prompts or [sys.stdin.read().removesuffix("\n")]
+    if options.samples < 1:
+        raise ConfigError(f"--samples is {options.samples}; the least is 1")
+    completion, console = _module("completion"), _module("console")
+    with _console(stderr=True).status("reading the model"):
+        model = completion.open_model(
+            options.model, tokenizer=options.tokenizer, dtype=options.dtype
+        )
+    sampling = _module("models.generation").Sampling(
+        options.temperature, options.top_k, options.top_p
+    )
+    prompts = [prompt for prompt in prompts for _ in range(options.samples)]
+    written = completion.complete(
+        model, prompts, new_tokens=options.tokens, chat=options.chat, system=options.system,
+        sampling=sampling, seed=options.seed,
+    )  # fmt: skip
+    if options.json:
+        *_, last = written
+        print(json.dumps([
+            {"prompt": prompt, "text": text, "tokens": tokens, "stop": stop}
+            for prompt, text, tokens, stop in zip(prompts, *last[:3], strict=True)
+        ]))  # fmt: skip
+        return 0
+    console.print_written(prompts, written, chat=options.chat, console=_console(highlight=False))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    print(
+        _module("export").export_run(
+            options.folder, options.out, dtype=options.dtype, adapters=options.adapters
         )
     )
     return 0

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dh_jax.distillation_schema import DistillationConfig
 from dh_jax.errors import ConfigError
 from dh_jax.rules import (
     decisive_spec,
@@ -53,6 +54,7 @@ from dh_jax.schema import (
     RunConfig,
     SourceConfig,
     SplitConfig,
+    StageConfig,
     TextConfig,
     TorchRunConfig,
     TrainingConfig,
@@ -67,6 +69,7 @@ __all__ = [
     "ConversationConfig",
     "DataConfig",
     "DecontaminationConfig",
+    "DistillationConfig",
     "DistributedConfig",
     "FilesSource",
     "HubSource",
@@ -84,6 +87,7 @@ __all__ = [
     "RunConfig",
     "SourceConfig",
     "SplitConfig",
+    "StageConfig",
     "TextConfig",
     "TorchRunConfig",
     "TrainingConfig",
@@ -93,6 +97,7 @@ __all__ = [
     "find_yaml",
     "list_configs",
     "load_data_config",
+    "one_of",
     "public_run",
     "public_spec",
     "source_config",
@@ -216,6 +221,11 @@ def source_config(name: str, raw: Any) -> SourceConfig:
     if not isinstance(raw, Mapping):
         raise ConfigError(f"source {name!r}: expected a mapping with a 'kind', got {raw!r}")
     kind = raw.get("kind")
+    if kind is None:
+        raise ConfigError(
+            f"source {name!r} has no kind; known kinds: {', '.join(SOURCE_KINDS)} "
+            "(or is its name misspelt?)"
+        )
     if kind not in SOURCE_KINDS:
         raise ConfigError(
             f"source {name!r}: kind {kind!r}{suggest(str(kind), list(SOURCE_KINDS))}; "

@@ -18,12 +18,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dh_jax.batch import Batch
 from dh_jax.config import ModelConfig, TrainingConfig
-from dh_jax.distributed.mesh import ROWS, row_ways
-from dh_jax.distributed.placement import AnyMesh, check_heads, on_mesh, param_shardings
+from dh_jax.distributed.mesh import ROWS
+from dh_jax.distributed.placement import AnyMesh, check_heads, on_mesh, placed_shapes
 from dh_jax.influence.optimizer import InfluenceAwareOptimizer
 from dh_jax.mixing.policy import uniform
-from dh_jax.models import decoder
-from dh_jax.train import make_optimizer, make_step
+from dh_jax.models.start import abstract_start
+from dh_jax.step import make_optimizer, make_step
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f64": 8, "s64": 8, "u64": 8}  # else 4
@@ -33,7 +33,7 @@ class AbstractStep(NamedTuple):
     """A jitted step and the shapes it is for: ``step.lower(*arguments)``, or `jax.export`."""
 
     step: Any
-    arguments: tuple[Any, ...]  # parameters, optimizer state, batch, key
+    arguments: tuple[Any, ...]  # loss, parameters, optimizer state, batch, key
 
 
 class Traffic(NamedTuple):
@@ -70,13 +70,11 @@ def abstract_step(
     optimizer = InfluenceAwareOptimizer(
         make_optimizer(training), uniform(), source_names=names, weights=[1 / sources] * sources
     )
-    graph = decoder.abstract_graph(model, vocab_size)
-    loss_fn = on_mesh(decoder.loss_fn(graph, decoder.LOSS_CHUNK * row_ways(mesh)), mesh)
-    params = _placed(decoder.abstract_params(model, vocab_size), mesh)
-    state = _placed(jax.eval_shape(optimizer.init, params), mesh)
+    params, loss_fn, _ = abstract_start(model, vocab_size, mesh)
+    state = placed_shapes(jax.eval_shape(optimizer.init, params), mesh)
     whole = NamedSharding(mesh, PartitionSpec())
     shardings = jax.tree.map(lambda x: x.sharding, (params, state))
-    step = make_step(loss_fn, optimizer, sources, (*shardings, whole))
+    step = make_step(on_mesh(loss_fn, mesh), optimizer, sources, (*shardings, whole))
     rows = NamedSharding(mesh, PartitionSpec(ROWS))
 
     def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
@@ -154,12 +152,4 @@ def _bytes(shapes: str) -> int:
     return sum(
         BYTES.get(dtype, 4) * math.prod(int(n) for n in sizes.split(",") if n)
         for dtype, sizes in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes)
-    )
-
-
-def _placed(tree: Any, mesh: AnyMesh) -> Any:
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        tree,
-        param_shardings(tree, mesh),
     )

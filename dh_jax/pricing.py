@@ -13,8 +13,10 @@ from dh_jax.config import RunConfig, weights_of
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.distributed.mesh import make_mesh
 from dh_jax.dryrun import abstract_step, step_bytes
+from dh_jax.functions import as_argument
 from dh_jax.mixing.registry import make_policy
 from dh_jax.models import decoder
+from dh_jax.models.start import abstract_start
 from dh_jax.runconfig import source_tokens
 
 MODEL_SHARE_OF_PEAK = 0.4  # of a large matrix product's rate that a whole step reaches on a CPU
@@ -37,7 +39,8 @@ class Price(NamedTuple):
 
     sources: dict[str, SourcePrice]
     tokens: int
-    parameters: int
+    parameters: int  # that are trained
+    frozen: int  # beside them: those under adapters
     step_bytes: int  # arguments, outputs and temporaries of the compiled step, per device
     flops_per_step: float
     seconds: float  # training alone, at the rate of a matrix product measured just now
@@ -61,15 +64,18 @@ def price_run(config: RunConfig) -> Price:
     weights = dict(zip(configured, start_M.tolist(), strict=True))
     available: Mapping[str, int | None] = sizes or dict.fromkeys(weights)
     flops = decoder.flops_per_token(config.model, vocab_size, data.max_length)
+    model = abstract_start(config.model, vocab_size, make_mesh(config.mesh))
+    if config.model.lora.rank:
+        flops *= 2 / 3  # no gradients of what is frozen
     flops_per_step = flops * training.batch_size * data.max_length
-    params = decoder.abstract_params(config.model, vocab_size)
     return Price(
         {n: SourcePrice(w, round(w * tokens), available[n]) for n, w in weights.items()},
         tokens,
-        decoder.count_parameters(params),
+        decoder.count_parameters(model.params),
+        decoder.count_parameters(as_argument(model.loss_fn)),
         _step_bytes(config, vocab_size),
         flops_per_step,
-        training.steps * flops_per_step / (MODEL_SHARE_OF_PEAK * _matmul_rate()),
+        training.steps * flops_per_step / (MODEL_SHARE_OF_PEAK * matmul_rate()),
     )
 
 
@@ -86,7 +92,7 @@ def _step_bytes(config: RunConfig, vocab_size: int) -> int:
     return step_bytes(step.lower(*arguments).compile())
 
 
-def _matmul_rate(size: int = 1024, seconds: float = 0.3) -> float:
+def matmul_rate(size: int = 1024, seconds: float = 0.3) -> float:
     """FLOP/s of a float32 matrix product on the default device."""
     square = jnp.ones((size, size), jnp.float32)
     product = jax.jit(jnp.matmul)

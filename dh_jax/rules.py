@@ -11,9 +11,10 @@ from dh_jax.errors import ConfigError
 from dh_jax.schema import ModelConfig, SourceConfig
 
 WEIGHT_SUM_TOLERANCE = 1e-6
-ATTENTION = ("xla",)  # the only kernel so far
+ATTENTION = ("xla", "pallas")  # see `dh_jax.models.kernels`
 REMAT = ("none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable")
 LINEAR = ("dense", "ternary")
+PRECISION = ("default", "highest")
 
 
 def suggest(word: str, known: Sequence[str]) -> str:
@@ -56,6 +57,7 @@ def validate_model(config: ModelConfig) -> None:
         if not getattr(config, name) > 0:
             raise ConfigError(f"model.{name} is {getattr(config, name)}; it must be above 0")
     one_of("model.dtype", config.dtype, ("float32", "bfloat16"))
+    one_of("model.precision", config.precision, PRECISION)
     one_of("model.attention", config.attention, ATTENTION)
     one_of("model.remat", config.remat, REMAT)
     one_of("model.linear", config.linear, LINEAR)

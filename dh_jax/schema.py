@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from dh_jax.distillation_schema import DistillationConfig
+
 SPLITS = ("train", "probe", "eval")
 # array_record holds JSON objects, array_record_text plain UTF-8.
 FILE_FORMATS = ("jsonl", "parquet", "arrow", "text", "array_record", "array_record_text")
@@ -245,7 +247,8 @@ class ModelConfig:
     tied: bool = True
     init_scale: float = 0.02
     dtype: str = "float32"  # of activations; parameters stay float32
-    attention: str = "xla"  # the kernel; no other yet
+    precision: str = "default"  # of linear layers; or highest (see `dh_jax.models.layers.product`)
+    attention: str = "xla"  # the kernel; pallas on a TPU or GPU (see dh_jax.models.kernels)
     remat: str = "none"  # or what a layer's backward finds saved: a policy of jax.checkpoint
     scan_layers: bool = False  # parameters stacked over layers: compiles in the time of one
     linear: str = "dense"  # or ternary: weights -1, 0, 1 and 8-bit activations (BitNet b1.58)
@@ -306,7 +309,9 @@ class MixingConfig:
     """
 
     policy: str = "static"
-    interval: int = 20  # steps between two moves
+    interval: int = 20  # steps between two moves; with a budget the least
+    budget: float | None = None  # share of training's time for moves, sets their number; e.g. 0.05
+    longest: int | None = None  # steps between moves beyond which it halves samples; 10 intervals
     warmup: int = 0  # steps before the first move
     freeze: int | None = None  # step from which the weights stay as they are
     learning_rate: float = 0.5  # log-weight (influence, alignment, doge, doremi, aioli)
@@ -354,6 +359,7 @@ class TrainingConfig:
     clip_norm: float = 1.0
     eval_interval: int = 50
     eval_rows: int = 64  # rows a domain
+    eval_split: str = "eval"  # or probe: what a search judges by, so that eval stays unseen
     checkpoint_interval: int = 50
     keep: int = 2  # checkpoints kept, the newest
     keep_every: int | None = None  # and those of steps that are a multiple of this
@@ -372,6 +378,7 @@ class RunConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     mixing: MixingConfig = field(default_factory=MixingConfig)
     influence: InfluenceConfig = field(default_factory=InfluenceConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     out: str = "runs/default"
     resume: bool = False

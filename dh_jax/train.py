@@ -1,4 +1,4 @@
-"""Training: one jitted step, and the loop that feeds, steers, judges, logs and saves it.
+"""Training: the loop that feeds the step, steers, judges, logs and saves.
 
 A run is a pure function of its config. Everything that changes while it goes on (parameters,
 optimizer and policy, position of every loader) is in the checkpoint, so a run that was killed
@@ -15,16 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dh_jax import trackers
-from dh_jax.batch import Batch
+from dh_jax import distilling, trackers
 from dh_jax.config import (
     RunConfig,
-    TrainingConfig,
     load_data_config,
     public_run,
     weights_of,
@@ -32,26 +28,26 @@ from dh_jax.config import (
 from dh_jax.data.loader import Loader
 from dh_jax.data.store import write_json
 from dh_jax.data.tokenization import TokenizerWrapper
-from dh_jax.distributed.agreement import any_host, wait_for_all
+from dh_jax.distributed.agreement import any_host, gather, wait_for_all
 from dh_jax.distributed.checkpoint import Checkpoints
 from dh_jax.distributed.mesh import (
     loader_shard,
     make_mesh,
     replicate,
-    row_ways,
     to_device,
 )
 from dh_jax.distributed.placement import check_heads, on_mesh, param_shardings, warn_unsplit
 from dh_jax.distributed.processes import join
 from dh_jax.errors import ConfigError, DataError
 from dh_jax.evaluate import make_evaluation
-from dh_jax.functions import LossFn, Params, as_argument, masked_mean
+from dh_jax.functions import LossFn, Params, as_argument
 from dh_jax.influence.calculator import DataInfCalculator
 from dh_jax.influence.optimizer import InfluenceAwareOptimizer, InfluenceState
-from dh_jax.metrics import StepMetrics, train_record
+from dh_jax.metrics import train_record
 from dh_jax.mixing.policy import SAMPLED
 from dh_jax.mixing.registry import SIZED, make_policy
 from dh_jax.models import decoder
+from dh_jax.models.kernels import check_kernel
 from dh_jax.models.start import resolve, start
 from dh_jax.ranking import rank_documents
 from dh_jax.runconfig import (
@@ -62,72 +58,12 @@ from dh_jax.runconfig import (
     source_tokens,
     training_loader,
 )
-from dh_jax.runlog import Listener, RunLog
+from dh_jax.runlog import Listener, Record, RunLog, later
 from dh_jax.runstate import restore_run, save_run
 from dh_jax.sampling import Samplers
 from dh_jax.signals import stop_signals
-from dh_jax.steering import by_source, move_weights
-
-# (params, state, batch, key) -> (params, state, metrics); the loss is bound as its first argument.
-TrainStep = partial[tuple[Params, InfluenceState, StepMetrics]]
-
-
-def make_step(
-    loss_fn: LossFn,
-    optimizer: InfluenceAwareOptimizer,
-    source_count: int,
-    shardings: tuple[Any, Any, NamedSharding] | None = None,
-) -> TrainStep:
-    """One optimizer step, jitted; parameters and optimizer state are donated.
-
-    ``shardings`` are those of parameters, state and metrics behind the step; None leaves them to
-    XLA.
-    """
-
-    def step(
-        loss_fn: LossFn, params: Params, state: InfluenceState, batch: Batch, key: jax.Array
-    ) -> tuple[Params, InfluenceState, StepMetrics]:
-        def objective(params: Params) -> tuple[jax.Array, jax.Array]:
-            loss_BT = loss_fn(params, batch, key)
-            return masked_mean(loss_BT, batch.loss_mask_BT), loss_BT
-
-        (loss, loss_BT), grads = jax.value_and_grad(objective, has_aux=True)(params)
-        updates, state = optimizer.update(grads, state, params)
-        of_source_MB = jax.nn.one_hot(batch.source_ids_B, source_count, axis=0)
-        targets_M = of_source_MB @ batch.loss_mask_BT.sum(1).astype(jnp.float32)
-        loss_M = of_source_MB @ loss_BT.sum(1) / targets_M.clip(min=1)
-        metrics = StepMetrics(loss, optax.tree.norm(grads), loss_M, targets_M)
-        state = optimizer.observe(state, loss_M, targets_M)
-        return optax.apply_updates(params, updates), state, metrics
-
-    return partial(
-        jax.jit(step, donate_argnums=(1, 2), out_shardings=shardings), as_argument(loss_fn)
-    )
-
-
-def make_schedule(training: TrainingConfig) -> optax.Schedule:
-    """Linear warm-up to the peak, then a cosine down to the final fraction of it."""
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=training.learning_rate,
-        warmup_steps=training.warmup,
-        decay_steps=max(training.steps, training.warmup + 1),
-        end_value=training.learning_rate * training.final_learning_rate,
-    )
-
-
-def make_optimizer(training: TrainingConfig) -> optax.GradientTransformation:
-    """AdamW with gradient clipping; weight decay acts on matrices alone."""
-    return optax.chain(
-        optax.clip_by_global_norm(training.clip_norm),
-        optax.adamw(
-            make_schedule(training),
-            b1=training.b1,
-            b2=training.b2,
-            weight_decay=training.weight_decay,
-            mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
-        ),
-    )
+from dh_jax.steering import by_source, decide_next, move_weights
+from dh_jax.step import make_optimizer, make_schedule, make_step
 
 
 class Run(NamedTuple):
@@ -138,12 +74,13 @@ class Run(NamedTuple):
     tokenizer: TokenizerWrapper
     loader: Loader
     samplers: Samplers | None  # None where nothing needs influence
-    loss_fn: LossFn
+    loss_fn: LossFn  # against the data: what is trained unless distilled, and what is judged
     calculator: DataInfCalculator
     optimizer: InfluenceAwareOptimizer
     params: Params
     state: InfluenceState
     key: jax.Array
+    distilled: distilling.Distilled | None  # what is trained instead
 
 
 def check(config: RunConfig) -> RunConfig:
@@ -153,6 +90,7 @@ def check(config: RunConfig) -> RunConfig:
         ConfigError: names the value, the limit and the cure.
     """
     check_training(config.training)
+    distilling.check_distillation(config)
     data = load_data_config(config.data)
     mixing = resolve_reference(config.mixing, list(data.sources))
     return dataclasses.replace(config, data=data, mixing=mixing, model=resolve(config.model))
@@ -166,20 +104,21 @@ def open_run(config: RunConfig, closing: ExitStack) -> Run:
     tokenizer = TokenizerWrapper.load(data.tokenizer, add_bos=data.add_bos, add_eos=data.add_eos)
     sizes = source_tokens(data, tokenizer) if config.mixing.policy in SIZED else None
     policy = make_policy(config.mixing, list(data.sources), sizes)
-    loader = training_loader(config, tokenizer=tokenizer, shard=loader_shard(mesh))
+    cached = distilling.find_cache(config)
+    join = None if cached is None else cached.join
+    loader = training_loader(config, tokenizer=tokenizer, shard=loader_shard(mesh), join=join)
     closing.enter_context(loader)
     samplers = None
-    if policy.needs & SAMPLED or config.influence.documents:
+    measures = bool(policy.needs & SAMPLED or config.influence.documents)
+    check_kernel(config.model.attention, jax.default_backend(), forward_mode=measures)
+    if measures:
         samplers = Samplers(data, config.influence, tokenizer, mesh, seed=seed)
         closing.enter_context(samplers)
     key = jax.random.key(seed)
-    # A chunk of targets is cut from all rows, so it is as many times longer as rows are split.
-    chunk = decoder.LOSS_CHUNK * row_ways(mesh)
-    model = start(
-        config.model, tokenizer.vocab_size, key, lambda p: param_shardings(p, mesh), chunk
-    )
+    model = start(config.model, tokenizer.vocab_size, key, lambda p: param_shardings(p, mesh))
     params, loss_fn = model.params, on_mesh(model.loss_fn, mesh)
     warn_unsplit(params, mesh)
+    distilled = distilling.open_distillation(config, cached, model.hidden_fn, loader, mesh)
     calculator = DataInfCalculator(
         loss_fn, damping=config.influence.damping, parameters=config.influence.parameters
     )
@@ -193,6 +132,9 @@ def open_run(config: RunConfig, closing: ExitStack) -> Run:
         warmup=config.mixing.warmup,
         probe_names=list(data.probes or data.sources),
         targets=config.influence.targets,
+        budget=config.mixing.budget,
+        longest=config.mixing.longest,
+        halvings=samplers.halvings if samplers else 0,
     )
     # Placed as the step returns it, so that the second step finds the first one's executable.
     shardings = param_shardings(jax.eval_shape(optimizer.init, params), mesh)
@@ -200,7 +142,7 @@ def open_run(config: RunConfig, closing: ExitStack) -> Run:
     loader.set_weights(by_source(loader, state.weights_M))
     return Run(
         config, mesh, tokenizer, loader, samplers, loss_fn, calculator, optimizer, params, state,
-        replicate(key, mesh),
+        replicate(key, mesh), distilled,
     )  # fmt: skip
 
 
@@ -260,10 +202,11 @@ def train(
         if config.training.wandb and first:
             client = trackers.wandb(folder, public_run(config))
             listeners += (closing.enter_context(client),)
+        decided = {x["step"]: x for x in gather(later(folder, step or 0, "pace"))[0]}
         log = RunLog(folder if first else None, step=step, listeners=listeners)
         closing.callback(log.close)
         facts = describe(run) | {"command": command}
-        return _loop(run, step or 0, checkpoints, log, folder, facts)
+        return _loop(run, step or 0, checkpoints, log, folder, facts, decided)
 
 
 def _loop(
@@ -273,6 +216,7 @@ def _loop(
     log: RunLog,
     folder: Path,
     facts: dict[str, Any],
+    decided: dict[int, Record],
 ) -> dict[str, Any]:
     config, training = run.config, run.config.training
     loader, samplers, optimizer = run.loader, run.samplers, run.optimizer
@@ -284,7 +228,7 @@ def _loop(
     schedule = make_schedule(training)
     evaluate = make_evaluation(
         config.data, run.tokenizer, run.loss_fn, run.mesh,
-        rows=training.eval_rows, batch_size=training.batch_size,
+        rows=training.eval_rows, batch_size=training.batch_size, split=training.eval_split,
     )  # fmt: skip
     compiled: set[str] = set()
 
@@ -316,6 +260,8 @@ def _loop(
                 assert rows is not None
                 batch = to_device(rows, run.mesh)
                 key = jax.random.fold_in(run.key, step)
+                if run.distilled is not None:  # another loss at every step, in one program
+                    train_step = partial(train_step.func, run.distilled.loss_at(step))
                 params, state, metrics = train_step(params, state, batch, key)
                 loss = float(metrics.loss)
             if not np.isfinite(loss):
@@ -326,7 +272,10 @@ def _loop(
             # The first step too: its record holds the weights that the run began with.
             if step % training.log_interval == 0 or step in (1, training.steps):
                 log.write(train_record(step, metrics, learning_rate, loader, run.mesh, rows))
-            if optimizer.due(step):
+            if run.distilled and (step % training.eval_interval == 0 or step == training.steps):
+                with phase("distillation", step):
+                    log.write(run.distilled.record(step, params, batch))
+            if optimizer.due(step, state):
                 try:
                     with phase("reweight", step):
                         state, record = move_weights(
@@ -334,12 +283,19 @@ def _loop(
                             keep=config.mixing.on_failure == "keep",
                         )  # fmt: skip
                 except DataError as error:
+                    state = optimizer.spent(state, np.nan, np.nan)  # not at the next step again
                     arrays = _arrays(params, state, run.key)
                     save_run(checkpoints, step, arrays, loader, samplers, run.mesh)
                     checkpoints.wait()
                     raise DataError(f"{error} (step {step} is saved)") from error
                 if record is not None:
                     log.write(record)
+                if optimizer.budget is not None:
+                    halvings = optimizer.halvings(state)
+                    state, record = decide_next(optimizer, state, log.recent, decided)
+                    log.write(record)
+                    if optimizer.halvings(state) > halvings:
+                        compiled.discard("reweight")  # other shapes
             last = step == training.steps
             if step % training.eval_interval == 0 or last:
                 judge(step)
@@ -377,6 +333,7 @@ def describe(run: Run) -> dict[str, Any]:
     return {
         "targets": run.optimizer.targets or (run.samplers.targets if run.samplers else {}),
         "parameters": decoder.count_parameters(run.params),
+        "frozen": decoder.count_parameters(as_argument(run.loss_fn)),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "sources": list(run.loader.names),
         "versions": {

@@ -69,6 +69,36 @@ def read_host(folder: str | Path, *, before: int) -> SavedHost | None:
     return SavedHost(step, json.loads(read["json"]))
 
 
+def read_arrays(folder: str | Path, like: Any) -> Any:
+    """Some arrays of the last checkpoint, on this process's first device; the run is left alone.
+
+    Args:
+        folder: of a run's checkpoints.
+        like: the part of the saved pytree that is wanted, as arrays or shapes.
+
+    Raises:
+        StateError: there is no checkpoint, its files were changed, or its arrays are of other
+            shapes.
+    """
+    folder = Path(folder).absolute()
+    steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
+    if not steps:
+        raise StateError(f"no checkpoint in {folder}; the run has saved none yet")
+    path = folder / str(max(steps))
+    if damage := find_damage(path, without=UNCHECKED):
+        raise StateError(f"checkpoint {path} is damaged: {damage[0]}")
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like)
+    _refuse_other_shapes(path, abstract)
+    handler = ocp.PyTreeCheckpointHandler()
+    arguments = ocp.args.PyTreeRestore(
+        item=abstract,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+        partial_restore=True,
+    )
+    return handler.restore(ocp.utils.epath.Path(path / ARRAYS), args=arguments)
+
+
 class Checkpoints:
     """The checkpoints of one run, newest last; a context manager.
 
@@ -194,14 +224,7 @@ class Checkpoints:
     def _read(self, step: int, like: Any) -> Restored:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         # Asked first: where Orbax stops in the middle, its other reads are left hanging.
-        saved = _shapes(self._described(step))
-        for path, shape in _shapes(abstract).items():
-            if saved.get(path) != shape:
-                raise StateError(
-                    f"checkpoint {self._path(step)} does not fit this model: {path} has shape "
-                    f"{saved.get(path, 'none')} there and {shape} here; resume with the config "
-                    "it was saved with"
-                )
+        _refuse_other_shapes(self._path(step), abstract)
         try:
             read = self._manager.restore(
                 step,
@@ -216,11 +239,6 @@ class Checkpoints:
             ) from error
         return Restored(step, read[ARRAYS], json.loads(read[HOST]["json"]))
 
-    def _described(self, step: int) -> Any:
-        """What a step says of its arrays, as a tree."""
-        folder = ocp.utils.epath.Path(self._path(step) / ARRAYS)
-        return ocp.StandardCheckpointHandler().metadata(folder).tree
-
     def _path(self, step: int) -> Path:
         return self.folder / str(step)
 
@@ -233,6 +251,19 @@ class Checkpoints:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _refuse_other_shapes(checkpoint: Path, wanted: Any) -> None:
+    """Compare shapes with what a checkpoint says of its arrays, before any is read."""
+    described = ocp.StandardCheckpointHandler().metadata(ocp.utils.epath.Path(checkpoint / ARRAYS))
+    saved = _shapes(described.tree)
+    for path, shape in _shapes(wanted).items():
+        if saved.get(path) != shape:
+            raise StateError(
+                f"checkpoint {checkpoint} does not fit this model: {path} has shape "
+                f"{saved.get(path, 'none')} there and {shape} here; resume with the config "
+                "it was saved with"
+            )
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -61,8 +61,8 @@ def make_mesh(config: MeshConfig) -> Mesh:
 
 
 def row_ways(mesh: Mesh | AbstractMesh) -> int:
-    """Into how many parts the rows of a batch are split."""
-    return math.prod(mesh.shape[axis] for axis in ROWS)
+    """Into how many parts the rows of a batch are split; 1 on no mesh."""
+    return math.prod(mesh.shape.get(axis, 1) for axis in ROWS)
 
 
 def loader_shard(mesh: Mesh, process: int | None = None) -> tuple[int, int]:

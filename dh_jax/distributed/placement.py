@@ -79,6 +79,15 @@ def param_shardings(params: Params, mesh: AnyMesh) -> Params:
     )
 
 
+def placed_shapes(tree: Params, mesh: AnyMesh) -> Any:
+    """Arrays or shapes as `jax.ShapeDtypeStruct`, each with its sharding by `param_shardings`."""
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        tree,
+        param_shardings(tree, mesh),
+    )
+
+
 class Unsplit(NamedTuple):
     """A dimension that stays whole though its rule would split it."""
 

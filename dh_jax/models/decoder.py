@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
@@ -23,11 +22,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dh_jax.config import validate_model
+from dh_jax.distributed.mesh import row_ways
 from dh_jax.distributed.placement import constrain
 from dh_jax.errors import ConfigError
+from dh_jax.functions import Head
 from dh_jax.models.attention import Attend, Attention, head_width
-from dh_jax.models.kernels import blocked
-from dh_jax.models.layers import MLP, Linear, RMSNorm
+from dh_jax.models.kernels import KERNELS
+from dh_jax.models.layers import MLP, Linear, RMSNorm, product
 from dh_jax.models.losses import chunked_cross_entropy
 from dh_jax.models.rotary import rotary, rotary_angles
 from dh_jax.models.taps import Tape, named, under
@@ -35,7 +36,7 @@ from dh_jax.models.taps import Tape, named, under
 if TYPE_CHECKING:
     from dh_jax.batch import Batch
     from dh_jax.config import ModelConfig
-    from dh_jax.functions import LogitsFn, LossFn
+    from dh_jax.functions import HiddenFn, LogitsFn, LossFn
 
 Array: TypeAlias = jax.Array
 Params: TypeAlias = dict[str, Any]  # nested, string keys, float32 leaves
@@ -43,7 +44,7 @@ Graph: TypeAlias = nnx.GraphDef["Decoder"]
 
 OneLayer: TypeAlias = Callable[["Block", Array, dict[str, Array]], tuple[Array, dict[str, Array]]]
 
-LOSS_CHUNK = 1024  # targets whose logits exist at one time
+LOSS_TABLE = 2**26  # elements of logits that exist at one time on a device: 256 MiB
 
 
 class Block(nnx.Module):
@@ -77,7 +78,8 @@ class Decoder(nnx.Module):
         self.embed = nnx.Embed(
             vocab_size, config.width, dtype=config.dtype, embedding_init=normal, rngs=rngs
         )
-        self.scanned = config.scan_layers
+        self.scanned, self.kernel = config.scan_layers, config.attention
+        self.precision = config.precision
         self.layers: Any
         if config.scan_layers:  # the plan of one; its parameters are those of all, stacked
             self.layers = Block(config, rngs=rngs)
@@ -104,19 +106,29 @@ class Decoder(nnx.Module):
         """
         tape = tape or Tape()
         angles = rotary_angles(self.rotary, positions_BT)
-        attend = partial(blocked, segment_ids_BT=segment_ids_BT)
+        kernel = KERNELS[self.kernel]
+
+        def attend(q_BTHh: Array, k_BTKh: Array, v_BTKh: Array) -> Array:
+            return kernel(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT)
 
         def one(block: Block, x_BTD: Array, taps: dict[str, Array]) -> tuple[Array, Any]:
             inner = Tape(taps, measuring=tape.measuring)
             x_BTD = block(x_BTD, angles, attend, inner)
             return x_BTD, inner.kept
 
+        x_BTD, kept = self.through(tokens_BT, one, tape.taps_of("layers"), tape)
+        tape.kept.update(named(kept, "layers"))
+        return x_BTD
+
+    def through(
+        self, tokens_BT: Array, one: OneLayer, given: dict[str, Array], tape: Tape
+    ) -> tuple[Array, dict[str, Array]]:
+        """From tokens to the last norm, each layer as ``one`` has it; see `each_layer`."""
         # As the look-up leaves it, then by rows: XLA would gather the rows of all devices else.
         x_BTD = constrain(constrain(self.embed(tokens_BT), "bTd"), "BTD")
         x_BTD = tape.inside("embed")(tokens_BT, x_BTD)
-        x_BTD, kept = self.each_layer(one, x_BTD, tape.taps_of("layers"))
-        tape.kept.update(named(kept, "layers"))
-        return self.final_norm(x_BTD, tape.inside("final_norm"))
+        x_BTD, left = self.each_layer(one, x_BTD, given)
+        return self.final_norm(x_BTD, tape.inside("final_norm")), left
 
     def each_layer(
         self, one: OneLayer, x_BTD: Array, given: dict[str, Array]
@@ -159,8 +171,13 @@ class Decoder(nnx.Module):
         else:
             kernel_DV = self.head.kernel[...]
         kernel_DV = kernel_DV.astype(hidden_BTD.dtype)
-        logits_BTV = jnp.matmul(hidden_BTD, kernel_DV, preferred_element_type=jnp.float32)
-        return constrain(logits_BTV, "BTV")
+        return constrain(product(hidden_BTD, kernel_DV, self.precision, jnp.float32), "BTV")
+
+    def unembedding(self) -> Head:
+        """The weights of `logits`, for losses that make logits themselves."""
+        if self.head is None:
+            return Head(embedding_VD=self.embed.embedding[...])
+        return Head(kernel_DV=self.head.kernel[...])
 
 
 # --- building --------------------------------------------------------------------------------
@@ -218,14 +235,15 @@ def unstack_layers(params: Params) -> Params:
 # --- the functions others see ----------------------------------------------------------------
 
 
-def loss_fn(graph: Graph, chunk: int = LOSS_CHUNK) -> LossFn:
+def loss_fn(graph: Graph, chunk: int | None = None) -> LossFn:
     """Next-token cross-entropy of the decoder behind ``graph``.
 
     Args:
         graph: from `build`.
-        chunk: targets (of all rows together) whose logits exist at one time. The backward pass
-            makes them again, so no ``[B, T, V]`` table is ever held; on a CPU with a vocabulary
-            of 8,192 this costs no time. On a mesh multiply it by the number of devices.
+        chunk: targets (of all rows together) whose logits exist at one time; None: as many as
+            `LOSS_TABLE` has room for, on each device that rows are split over. Where that is
+            not all of them the backward pass makes the logits again, one product in four of
+            the head's, so that no ``[B, T, V]`` table is ever held.
 
     Returns:
         ``(params, batch, key) -> loss_BT`` in float32 nats, 0 where the loss mask is False.
@@ -239,11 +257,25 @@ def loss_fn(graph: Graph, chunk: int = LOSS_CHUNK) -> LossFn:
     return loss
 
 
-def loss_of(model: Decoder, batch: Batch, chunk: int, tape: Tape) -> Array:
+def loss_of(model: Decoder, batch: Batch, chunk: int | None, tape: Tape) -> Array:
     """The loss of a merged model; `loss_fn` and its tapped sibling say what it is."""
+    if chunk is None:  # one is cut from all rows, so it grows with the ways that rows are split
+        rows = len(model.embed.embedding)
+        chunk = max(1, LOSS_TABLE // rows) * row_ways(jax.sharding.get_abstract_mesh())
     hidden_BTD = model(batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT, tape)
     loss_BT = chunked_cross_entropy(model.logits, hidden_BTD, batch.targets_BT, chunk)
     return jnp.where(batch.loss_mask_BT, loss_BT, 0.0)
+
+
+def hidden_fn(graph: Graph) -> HiddenFn:
+    """``(params, batch) -> (hidden_BTD, head)``: the decoder without its last matrix product."""
+
+    def hidden(params: Params, batch: Batch) -> tuple[Array, Head]:
+        model = nnx.merge(graph, params)
+        hidden_BTD = model(batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
+        return hidden_BTD, model.unembedding()
+
+    return hidden
 
 
 def logits_fn(graph: Graph) -> LogitsFn:
@@ -260,7 +292,7 @@ def logits_fn(graph: Graph) -> LogitsFn:
 # --- what it costs ---------------------------------------------------------------------------
 
 
-def count_parameters(params: Params) -> int:
+def count_parameters(params: Any) -> int:
     """Elements of all parameters (or of `abstract_params`); tied weights count once."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 

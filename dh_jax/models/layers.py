@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from dh_jax.distributed.placement import constrain
 from dh_jax.models.taps import Tape
@@ -16,6 +17,47 @@ if TYPE_CHECKING:
     from dh_jax.config import ModelConfig
 
 Array: TypeAlias = jax.Array
+
+
+PIECE = 192  # terms that `product` sums along one chain where precision is highest
+
+
+def product(
+    x_BTI: Array, kernel_IO: Array, precision: str = "default", dtype: DTypeLike | None = None
+) -> Array:
+    """``x @ kernel``, ``[B, T, O]``.
+
+    As one matrix of rows: behind a product with two leading axes XLA copies both operands of the
+    kernel's gradient into another order first, a tenth of a training step on a CPU.
+
+    Args:
+        x_BTI: activations.
+        kernel_IO: of the same dtype.
+        precision: ``default`` is the platform's own product: TPUs round float32 inputs to
+            bfloat16, and XLA's product on CPUs sums all I terms along one chain. ``highest``
+            is float32 throughout, summed in pieces: an error 1.7 (I = 576) to 2.8 times
+            (1,536) smaller on a CPU.
+        dtype: of sums and result; None: that of ``x_BTI``.
+    """
+    rows_RI = x_BTI.reshape(-1, x_BTI.shape[-1])
+    if precision == "default":
+        y_RO = jnp.matmul(rows_RI, kernel_IO, preferred_element_type=dtype)
+    else:
+        y_RO = _in_pieces(rows_RI, kernel_IO).astype(dtype or x_BTI.dtype)
+    return y_RO.reshape(*x_BTI.shape[:-1], -1)
+
+
+def _in_pieces(x_RI: Array, kernel_IO: Array) -> Array:
+    pieces = [slice(start, start + PIECE) for start in range(0, len(kernel_IO), PIECE)]
+    parts = [
+        jnp.matmul(
+            x_RI[:, piece], kernel_IO[piece], precision="highest", preferred_element_type="float32"
+        )
+        for piece in pieces
+    ]
+    while len(parts) > 1:  # in pairs, for the same reason
+        parts = [sum(parts[i + 1 : i + 2], parts[i]) for i in range(0, len(parts), 2)]
+    return parts[0]
 
 
 class RMSNorm(nnx.Module):
@@ -60,6 +102,7 @@ class Linear(nnx.Module):
         if bias:
             self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32))
         self.has_bias, self.form, self.dtype = bias, config.linear, config.dtype
+        self.precision = config.precision
         self.lora_scale = 0.0  # no adapters
 
     def __call__(self, x_BTI: Array, tape: Tape) -> Array:
@@ -67,17 +110,17 @@ class Linear(nnx.Module):
         given = x_BTI = x_BTI.astype(self.dtype)
         if self.form == "ternary":
             kernel_IO, given = ternary(kernel_IO), int8_rows(x_BTI)
-        y_BTO = given @ kernel_IO.astype(self.dtype)
+        y_BTO = product(given, kernel_IO.astype(self.dtype), self.precision)
         if self.has_bias:
             y_BTO = y_BTO + self.bias[...].astype(self.dtype)
         y_BTO = tape(given, y_BTO)
         if not self.lora_scale:
             return y_BTO
-        low_BTR = x_BTI @ self.lora_a[...].astype(self.dtype)
+        low_BTR = product(x_BTI, self.lora_a[...].astype(self.dtype), self.precision)
         low_BTR = tape.inside("lora_a")(x_BTI, low_BTR)
         # Scaled before the second product, so that its activation is what meets lora_b.
         low_BTR = low_BTR * self.lora_scale
-        high_BTO = low_BTR @ self.lora_b[...].astype(self.dtype)
+        high_BTO = product(low_BTR, self.lora_b[...].astype(self.dtype), self.precision)
         return y_BTO + tape.inside("lora_b")(low_BTR, high_BTO)
 
 

@@ -26,13 +26,13 @@ from safetensors.numpy import load_file, save_file
 from dh_jax.config import LoraConfig
 from dh_jax.errors import ConfigError, DataError
 from dh_jax.models import decoder
-from dh_jax.models.decoder import LOSS_CHUNK, Graph, Params
+from dh_jax.models.decoder import Graph, Params
 from dh_jax.models.layers import Linear
 from dh_jax.models.naming import flatten, hf_module, unflatten
 
 if TYPE_CHECKING:
     from dh_jax.batch import Batch
-    from dh_jax.functions import LossFn
+    from dh_jax.functions import Head, HiddenFn, LossFn
 
 Array: TypeAlias = jax.Array
 
@@ -102,7 +102,7 @@ def split(params: Params) -> tuple[Params, Params]:
     return unflatten({path: x for path, x in flat.items() if path not in ours}), unflatten(ours)
 
 
-def loss_fn(graph: Graph, base: Params, chunk: int = LOSS_CHUNK) -> LossFn:
+def loss_fn(graph: Graph, base: Params, chunk: int | None = None) -> LossFn:
     """The loss of adapters beside a frozen base: ``(adapters, batch, key) -> loss_BT``.
 
     A `jax.tree_util.Partial`, whose leaves are the base: see `dh_jax.functions.as_argument`.
@@ -117,6 +117,15 @@ def loss_fn(graph: Graph, base: Params, chunk: int = LOSS_CHUNK) -> LossFn:
 
 def _loss(loss: LossFn, base: Params, adapters: Params, batch: Batch, key: Array) -> Array:
     return loss(combine(base, adapters), batch, key)
+
+
+def hidden_fn(graph: Graph, base: Params) -> HiddenFn:
+    """`decoder.hidden_fn` of adapters beside a frozen base; a `Partial`, as `loss_fn`."""
+    return jax.tree_util.Partial(partial(_hidden, decoder.hidden_fn(graph)), base)
+
+
+def _hidden(hidden: HiddenFn, base: Params, adapters: Params, batch: Batch) -> tuple[Array, Head]:
+    return hidden(combine(base, adapters), batch)
 
 
 # --- merging ---------------------------------------------------------------------------------

@@ -49,7 +49,11 @@ def rotary(config: ModelConfig) -> Rotary:
     if kind not in KINDS:
         raise ConfigError(f"model.rope_scaling {kind!r} is not read; known: {', '.join(KINDS)}")
     head_width = config.width // config.heads if config.head_width is None else config.head_width
-    plain = config.rope_theta ** (-np.arange(0, head_width, 2, dtype=np.float64) / head_width)
+    # Rounded to float32 where checkpoints were: exact frequencies differ from those by 7e-8, which
+    # at position 2,000 turns a pair by 1e-4 and moves SmolLM2's logits by as much.
+    exponents = (np.arange(0, head_width, 2) / head_width).astype(np.float32)
+    powers = (config.rope_theta ** exponents.astype(np.float64)).astype(np.float32)
+    plain = (np.float32(1) / powers).astype(np.float64)
     if kind == "default":
         return _static(plain)
     if kind == "dynamic":

@@ -9,6 +9,7 @@ import jax
 
 from dh_jax.config import ModelConfig, validate_model
 from dh_jax.distributed.mesh import place
+from dh_jax.distributed.placement import AnyMesh, placed_shapes
 from dh_jax.errors import ConfigError
 from dh_jax.models import decoder, lora
 from dh_jax.models.decoder import Params
@@ -16,7 +17,7 @@ from dh_jax.models.hf_config import SHAPE
 from dh_jax.models.pretrained import find_folder, load_pretrained, read_config
 
 if TYPE_CHECKING:
-    from dh_jax.functions import LossFn
+    from dh_jax.functions import HiddenFn, LossFn
 
 
 class Started(NamedTuple):
@@ -24,6 +25,7 @@ class Started(NamedTuple):
 
     params: Params  # what is trained: everything, or the adapters
     loss_fn: LossFn  # of these params; carries the frozen base beside adapters
+    hidden_fn: HiddenFn | None = None  # of these params, too; None in what is only priced
 
 
 def resolve(config: ModelConfig) -> ModelConfig:
@@ -56,7 +58,7 @@ def start(
     vocab_size: int,
     key: jax.Array,
     shardings: Callable[[Params], Params] | None = None,
-    chunk: int = decoder.LOSS_CHUNK,
+    chunk: int | None = None,
 ) -> Started:
     """The model that a run begins with.
 
@@ -83,12 +85,38 @@ def start(
         graph, params = decoder.build(config, rows, key)
         params = _place(params, shardings)
     if not config.lora.rank:
-        return Started(params, decoder.loss_fn(graph, chunk))
+        return Started(params, decoder.loss_fn(graph, chunk), decoder.hidden_fn(graph))
     graph, adapters = lora.adapt(graph, params, config.lora, jax.random.fold_in(key, 1))
-    # Kernels are rounded to the activations' type where they are used; frozen ones can stay so.
-    frozen = jax.tree.map(lambda x: x.astype(config.dtype) if x.ndim > 1 else x, params)
-    adapters = _place(adapters, shardings)
+    adapters, frozen = _place(adapters, shardings), _freeze(params, config)
+    return Started(adapters, lora.loss_fn(graph, frozen, chunk), lora.hidden_fn(graph, frozen))
+
+
+def abstract_start(
+    config: ModelConfig,
+    vocab_size: int,
+    mesh: AnyMesh,
+    chunk: int | None = None,
+) -> Started:
+    """`start` with shapes on a mesh for arrays: reads no weights, draws nothing."""
+    rows = config.vocab_size or vocab_size
+    graph, params = decoder.abstract_graph(config, rows), decoder.abstract_params(config, rows)
+    if not config.lora.rank:
+        return Started(placed_shapes(params, mesh), decoder.loss_fn(graph, chunk))
+
+    def adapt(params: Params, key: jax.Array) -> Params:
+        nonlocal graph
+        graph, adapters = lora.adapt(graph, params, config.lora, key)
+        return adapters
+
+    adapters = jax.eval_shape(adapt, params, jax.random.key(0))
+    frozen = jax.eval_shape(lambda params: _freeze(params, config), params)
+    frozen, adapters = placed_shapes(frozen, mesh), placed_shapes(adapters, mesh)
     return Started(adapters, lora.loss_fn(graph, frozen, chunk))
+
+
+def _freeze(params: Params, config: ModelConfig) -> Params:
+    """Kernels are rounded to the activations' type where they are used; frozen ones stay so."""
+    return jax.tree.map(lambda x: x.astype(config.dtype) if x.ndim > 1 else x, params)
 
 
 def _place(params: Params, shardings: Callable[[Params], Params] | None) -> Any:

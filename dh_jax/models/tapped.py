@@ -12,7 +12,7 @@ from flax import nnx
 from dh_jax.config import suggest
 from dh_jax.errors import ConfigError
 from dh_jax.functions import TappedLayer
-from dh_jax.models.decoder import LOSS_CHUNK, Graph, Params, loss_of
+from dh_jax.models.decoder import Graph, Params, loss_of
 from dh_jax.models.layers import Linear, RMSNorm
 from dh_jax.models.taps import Tape
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Array: TypeAlias = jax.Array
 
 
-def tapped_loss_fn(graph: Graph, chunk: int = LOSS_CHUNK) -> TappedLossFn:
+def tapped_loss_fn(graph: Graph, chunk: int | None = None) -> TappedLossFn:
     """`loss_fn` with taps: ``(params, taps, batch, key) -> (loss_BT, activations)``.
 
     Args:

@@ -17,8 +17,8 @@ from dh_jax.report.runs import EvalPoint, Run, tokens_at
 BASELINES = ("static", "uniform")
 CONFIDENCE = 0.95
 TOKEN_TOLERANCE = 0.01  # runs whose token counts differ by more are not compared
-FREE_KEYS = ("mixing.", "influence.", "training.seed", "data.seed", "training.tensorboard",
-             "training.wandb", "out", "resume")  # fmt: skip
+FREE_KEYS = ("mixing.", "influence.", "distillation.", "training.seed", "data.seed",
+             "training.tensorboard", "training.wandb", "out", "resume")  # fmt: skip
 
 
 class Spread(NamedTuple):
@@ -76,6 +76,12 @@ class Clock(NamedTuple):
     def overhead(self) -> float:
         """Share of the time that reweighting took."""
         return self.seconds.get("reweight", 0.0) / self.total if self.total > 0 else 0.0
+
+    @property
+    def of_training(self) -> float:
+        """Seconds of reweighting by those of training steps: what `mixing.budget` bounds."""
+        busy = self.seconds.get("train", 0.0)
+        return self.seconds.get("reweight", 0.0) / busy if busy > 0 else 0.0
 
 
 class Summary(NamedTuple):

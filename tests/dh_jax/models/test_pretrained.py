@@ -16,7 +16,9 @@ from dh_jax.config import ModelConfig
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.errors import ConfigError, DataError
 from dh_jax.models import decoder
+from dh_jax.models.hf_config import to_hf
 from dh_jax.models.pretrained import load_pretrained, save_pretrained
+from dh_jax.models.rotary import rotary
 from tests.dh_jax.data.tokenizer_cases import real_texts
 from tests.dh_jax.models.model_cases import FAMILIES, LLAMA, V, build, by_path, pack, words
 
@@ -177,6 +179,16 @@ def test_what_cannot_be_computed_or_is_damaged_is_refused_in_one_line(tmp_path: 
         load_pretrained(tmp_path / "model.gguf")
 
 
+@pytest.mark.parametrize("theta", [1e4, 1e5, 5e5])
+def test_frequencies_are_those_of_transformers_to_the_bit(theta: float) -> None:
+    """A difference of 7e-8 is one of 1e-4 radians at position 2,000."""
+    config = dataclasses.replace(LLAMA, head_width=64, rope_theta=theta)
+    theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(
+        transformers.AutoConfig.for_model(**to_hf(config, V, "float32"))
+    )
+    assert np.float32(rotary(config).frequencies).tolist() == theirs.inv_freq.tolist()
+
+
 def test_rows_longer_than_dynamic_scaling_allows_are_refused() -> None:
     config = dataclasses.replace(CASES["llama dynamic"], max_positions=100)
     graph, params = build(config)
@@ -194,7 +206,7 @@ def compare_real_logits(folder: Path, count: int, characters: int) -> None:
     tokens = np.concatenate([ids[: count // 4] for ids in texts]).astype(np.int64)[:count]
     assert len(tokens) == count
     # Scanned: thirty layers compile in the time of one.
-    model = load_pretrained(folder, ModelConfig(scan_layers=True))
+    model = load_pretrained(folder, ModelConfig(scan_layers=True, precision="highest"))
     torch.set_num_threads(1)  # its threads would wait for one another on shared cores
     wanted = their_logits(theirs(folder), tokens)
     ours = our_logits(model.graph, model.params, tokens)

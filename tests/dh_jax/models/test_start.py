@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
-from dh_jax.config import LoraConfig, ModelConfig, RunConfig, TrainingConfig
+from dh_jax.completion import complete, open_model
+from dh_jax.config import LoraConfig, MeshConfig, ModelConfig, RunConfig, TrainingConfig
+from dh_jax.distributed.mesh import make_mesh
+from dh_jax.dryrun import abstract_step, step_bytes
 from dh_jax.errors import ConfigError
+from dh_jax.functions import as_argument
+from dh_jax.models import decoder
+from dh_jax.models.lora import split
 from dh_jax.models.pretrained import save_pretrained
-from dh_jax.models.start import resolve
+from dh_jax.models.start import abstract_start, resolve, start
 from dh_jax.train import train
-from tests.dh_jax.models.model_cases import build
+from tests.dh_jax.models.model_cases import build, by_path
 
 SHAPE = ModelConfig(width=16, layers=1, heads=2, kv_heads=1, mlp_width=16)
 
@@ -37,6 +46,49 @@ def test_adapters_train_beside_a_pretrained_base(
     evals = [r["domains"] for r in map(json.loads, lines) if r["kind"] == "eval"]
     before, after = (sum(d["loss"] for d in domains.values()) for domains in (evals[0], evals[-1]))
     assert after < before
+    # The checkpoint opens as a model that writes: the base with the trained adapters.
+    opened = open_model(tmp_path / "run")
+    _, adapters = split(opened.params)
+    moved = [x for path, x in by_path(adapters).items() if path.endswith("lora_b")]
+    assert len(moved) == 7 and all(np.abs(x).max() > 0 for x in moved)
+    base, _ = split(opened.params)
+    jax.tree.map(np.testing.assert_array_equal, base, params)
+    (written,) = complete(opened, "def ", new_tokens=1)
+    assert written.tokens == [1]
+
+
+@pytest.mark.parametrize(("rank", "scan"), [(0, False), (2, False), (2, True)])
+def test_what_a_dry_run_assumes_is_what_a_run_starts_with(rank: int, scan: bool) -> None:
+    config = dataclasses.replace(SHAPE, lora=LoraConfig(rank=rank), scan_layers=scan)
+    config = dataclasses.replace(config, dtype="bfloat16")
+    real = start(config, 32, jax.random.key(0))
+    mesh = make_mesh(MeshConfig(fsdp=8))
+    planned = abstract_start(config, 32, mesh)
+
+    def described(tree: Any) -> Any:
+        return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+    assert described(planned.params) == described(real.params)
+    carried = [as_argument(each.loss_fn) for each in (planned, real)]
+    assert described(jax.tree.leaves(carried[0])) == described(jax.tree.leaves(carried[1]))
+    assert bool(jax.tree.leaves(carried[0])) == bool(rank)
+
+
+def test_adapters_are_priced_as_adapters() -> None:
+    """The frozen base costs its bytes once; full training has gradients and moments beside it."""
+    shape = dataclasses.replace(SHAPE, width=256, mlp_width=1024, heads=4, kv_heads=4)
+    mesh = make_mesh(MeshConfig())
+
+    def memory(rank: int) -> int:
+        model = dataclasses.replace(shape, lora=LoraConfig(rank=rank))
+        step, arguments = abstract_step(
+            model, TrainingConfig(batch_size=1), mesh, vocab_size=512, row_length=32
+        )
+        return step_bytes(step.lower(*arguments).compile())
+
+    base = 4 * decoder.count_parameters(decoder.abstract_params(shape, 512))
+    assert base < memory(rank=2) < 1.5 * base
+    assert memory(rank=0) > 3 * base
 
 
 @pytest.mark.parametrize("config", [ModelConfig(pretrained=""), ModelConfig(pretrained="nowhere")])

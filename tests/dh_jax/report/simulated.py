@@ -87,7 +87,7 @@ def simulate(
         "out": f"runs/{folder.name}",
     }
     about = {
-        "status": status, "targets": {"maths": 1.0}, "parameters": 1_803_392,
+        "status": status, "targets": {"maths": 1.0}, "parameters": 1_803_392, "frozen": 0,
         "device": "cpu x 2 cores", "sources": list(SOURCES),
         "versions": {"data-handler": "0.1.0", "jax": "0.10.2", "python": "3.11.7"},
     }  # fmt: skip
