@@ -9,6 +9,7 @@ import argparse
 import importlib
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -30,9 +31,11 @@ EXAMPLES = """examples:
   dh train data=demo mixing=influence --dry-run  what a run would cost
   dh train data=demo mixing=influence out=runs/a
   dh train data=demo mixing=influence out=runs/a resume=true
+  dh distill distillation.teacher=FOLDER data=demo out=runs/b
   dh replay runs/a --step 40                     what its batch at a step held
   dh mix data=demo search=regmix training.steps=40 out=runs/mix   look for weights first
   dh report runs/a runs/b --out report.html
+  dh influence data=demo run=runs/a              which documents helped which probes
   dh convert model.gguf folder                   a checkpoint to start from
   dh export runs/a folder                        what a run has trained, for the torch world
   dh generate runs/a "Once upon a time"          what a run's or a folder's model writes
@@ -55,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         options.overrides = [*options.overrides, *rest]
     code = _run(options)
-    if options.command != "train":
+    if options.command not in ("train", "distill"):
         return code
     together = code in (0, EXIT_INTERRUPTED)
     return int(_module("distributed.processes").leave(code, together=together))
@@ -93,7 +96,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("train", _train, "Train a model on a mixture; steer, judge, log and save it.")
     sub.add_argument("--dry-run", action="store_true", help="price the run without starting it")
+    sub = command("influence", _influence, "Score which documents helped or harmed which probes.")
+    sub.add_argument("--dry-run", action="store_true", help="price the run without starting it")
     command("mix", _mix, "Look for a mixture's weights with many small runs.")
+    sub = command("distill", _distill, "Train a student from a teacher, live or cached.")
+    sub.epilog = "`dh distill cache ...` runs the teacher over the data and keeps what it says"
+    sub.set_defaults(dry_run=False)
     sub = command("prepare", _prepare, "Tokenise a data config into a store on disk.")
     sub.add_argument("--verify", action="store_true", help="also compare every shard's checksum")
     sub.add_argument("--backend", choices=("local", "ray"), help="default: data.prepare.backend")
@@ -174,7 +182,7 @@ def _train(options: argparse.Namespace) -> int:
     # Before anything touches a device; beside the first process none speaks but of errors.
     console = _console(quiet=_module("distributed.processes").join(run.mesh) > 0)
     with _module("console").TrainProgress(run.training.steps, console) as progress:
-        command = " ".join(["dh train", *options.overrides])
+        command = " ".join([f"dh {options.command}", *options.overrides])
         facts = train.train(run, listeners=(progress,), command=command)
     if facts["status"] != "finished":
         console.print(
@@ -182,6 +190,21 @@ def _train(options: argparse.Namespace) -> int:
         )
         return EXIT_INTERRUPTED
     console.print(f"finished; `dh report {run.out}` shows it")
+    return 0
+
+
+def _influence(options: argparse.Namespace) -> int:
+    schema = _module("attribution.config").AttributionConfig
+    config = _module("compose").compose("attribution", schema, options.overrides)
+    console, looks = _console(), _module("console")
+    if options.dry_run:
+        price = _module("attribution.price").price_influence(config)
+        looks.print_influence_price(price, console)
+        return 0
+    command = shlex.join(["dh", "influence", *options.overrides])
+    with looks.InfluenceProgress(console) as progress:
+        facts = _module("attribution.command").influence(config, listener=progress, command=command)
+    console.print(f"{facts['scored']:,} documents scored; {facts['report']} shows them")
     return 0
 
 
@@ -197,6 +220,29 @@ def _mix(options: argparse.Namespace) -> int:
     search.write_search_report(config, finding, folder / "report.html")
     _module("console").print_finding(finding, console)
     console.print(f"`dh train data={folder / 'data.yaml'}` takes them; {folder / 'report.html'}")
+    return 0
+
+
+def _distill(options: argparse.Namespace) -> int:
+    caching = options.overrides[:1] == ["cache"]
+    distilling, compose = _module("distilling"), _module("compose")
+    options.overrides = distilling.with_defaults(options.overrides[1 if caching else 0 :])
+    if not caching:
+        distilling.refuse_without_teacher(compose.compose_run(options.overrides))
+        return _train(options)
+    console = _console()
+    with console.status("the teacher is read") as status:
+
+        def progress(source: str, entries: int) -> None:
+            status.update(f"{source}: {entries:,} tokens")
+
+        cached = distilling.make_cache(compose.compose_run(options.overrides), progress)
+    entries = sum(shard["entries"] for shard in cached.manifest["shards"])
+    size = sum(path.stat().st_size for path in cached.folder.rglob("*.safetensors"))
+    console.print(
+        f"{cached.folder}: {len(cached):,} pieces, {entries:,} tokens, "
+        f"{size / max(entries, 1):.1f} bytes a token"
+    )
     return 0
 
 
@@ -285,7 +331,7 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    prompts = options.prompts or [sys.stdin.read()]
+    prompts = options.prompts or [sys.stdin.read().removesuffix("\n")]
     if options.samples < 1:
         raise ConfigError(f"--samples is {options.samples}; the least is 1")
     completion, console = _module("completion"), _module("console")

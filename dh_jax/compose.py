@@ -14,6 +14,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dh_jax.attribution.config import AttributionConfig
 from dh_jax.config import (
     ConfigError,
     RunConfig,
@@ -26,7 +27,7 @@ from dh_jax.config import (
 )
 from dh_jax.search.config import SearchRunConfig
 
-AnyRun = TypeVar("AnyRun", RunConfig, TorchRunConfig, SearchRunConfig)
+AnyRun = TypeVar("AnyRun", RunConfig, TorchRunConfig, AttributionConfig, SearchRunConfig)
 
 
 def compose_run(overrides: Sequence[str] = ()) -> RunConfig:
@@ -70,7 +71,7 @@ def compose(root: str, schema: type[AnyRun], overrides: Sequence[str] = ()) -> A
 # Mappings whose keys are the user's own names. Hydra would refuse a new name as a misspelling,
 # and would merge `influence.targets={a: 1}` into the targets of a YAML file; here it replaces them.
 OPEN = (
-    "data.sources", "data.probes", "influence.targets",
+    "data.sources", "data.probes", "influence.targets", "estimator.arguments",
     "mixing.bounds", "mixing.sizes", "mixing.reference",
 )  # fmt: skip
 

@@ -19,6 +19,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from dh_jax.attribution.price import Price as InfluencePrice
 from dh_jax.config import SPLITS
 from dh_jax.data import prepare
 from dh_jax.data.store import TokenStore
@@ -65,6 +66,9 @@ class TrainProgress:
                 for name, figures in record["domains"].items()
             )
             self._console.print(f"step {record['step']:>6}  bits/byte  {losses}", highlight=False)
+        elif record["kind"] == "distillation":
+            said = "  ".join(f"{k} {record[k]:.3f}" for k in ("divergence", "agreement"))
+            self._console.print(f"step {record['step']:>6}  teacher    {said}", highlight=False)
         elif record["kind"] == "reweight":
             weights = "  ".join(f"{name} {w:.3f}" for name, w in record["weights"].items())
             self._console.print(f"step {record['step']:>6}  weights    {weights}", highlight=False)
@@ -127,6 +131,62 @@ class PrepareProgress:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+
+
+class InfluenceProgress:
+    """Documents scored, their rate and the time left; a spinner while something is fitted."""
+
+    def __init__(self, console: Console):
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self._bar.add_task("reading", total=None)
+        self._what = "reading"
+        self._first: tuple[float, int] | None = None
+
+    def __call__(self, what: str, done: int, total: int | None) -> None:
+        if what != self._what:  # its own clock, so that the rate is that of this step
+            self._bar.remove_task(self._task)
+            self._task, self._what = self._bar.add_task(what, total=total), what
+            self._first = None
+        now = time.perf_counter()
+        if self._first is None:
+            self._first = now, done
+        seconds, documents = now - self._first[0], done - self._first[1]
+        pace = f"  {documents / seconds:.2f} documents/s" if documents and seconds > 1 else ""
+        self._bar.update(self._task, completed=done, total=total, description=f"{what}{pace}")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+
+def print_influence_price(price: InfluencePrice, console: Console) -> None:
+    """A dry run's estimate of `dh influence`."""
+    table = Table("step", title="what the run takes")
+    table.add_column("minutes", justify="right")
+    for name, seconds in (
+        ("fitting", price.fit_seconds),
+        ("queries", price.query_seconds),
+        ("scoring", price.score_seconds),
+        ("all", price.seconds),
+    ):
+        table.add_row(name, f"{seconds / 60:,.1f}")
+    console.print(table)
+    console.print(f"parameters {price.parameters:,}, {price.coverage:.0%} of them looked at")
+    console.print(
+        f"memory about {price.bytes / 2**30:.1f} GiB at the peak; "
+        f"{price.queries} queries take {price.query_bytes / 2**30:.2f} GiB"
+    )
 
 
 class SearchProgress:

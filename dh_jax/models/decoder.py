@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
@@ -26,6 +25,7 @@ from dh_jax.config import validate_model
 from dh_jax.distributed.mesh import row_ways
 from dh_jax.distributed.placement import constrain
 from dh_jax.errors import ConfigError
+from dh_jax.functions import Head
 from dh_jax.models.attention import Attend, Attention, head_width
 from dh_jax.models.kernels import KERNELS
 from dh_jax.models.layers import MLP, Linear, RMSNorm, product
@@ -36,7 +36,7 @@ from dh_jax.models.taps import Tape, named, under
 if TYPE_CHECKING:
     from dh_jax.batch import Batch
     from dh_jax.config import ModelConfig
-    from dh_jax.functions import LogitsFn, LossFn
+    from dh_jax.functions import HiddenFn, LogitsFn, LossFn
 
 Array: TypeAlias = jax.Array
 Params: TypeAlias = dict[str, Any]  # nested, string keys, float32 leaves
@@ -106,7 +106,10 @@ class Decoder(nnx.Module):
         """
         tape = tape or Tape()
         angles = rotary_angles(self.rotary, positions_BT)
-        attend = partial(KERNELS[self.kernel], segment_ids_BT=segment_ids_BT)
+        kernel = KERNELS[self.kernel]
+
+        def attend(q_BTHh: Array, k_BTKh: Array, v_BTKh: Array) -> Array:
+            return kernel(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT)
 
         def one(block: Block, x_BTD: Array, taps: dict[str, Array]) -> tuple[Array, Any]:
             inner = Tape(taps, measuring=tape.measuring)
@@ -169,6 +172,12 @@ class Decoder(nnx.Module):
             kernel_DV = self.head.kernel[...]
         kernel_DV = kernel_DV.astype(hidden_BTD.dtype)
         return constrain(product(hidden_BTD, kernel_DV, self.precision, jnp.float32), "BTV")
+
+    def unembedding(self) -> Head:
+        """The weights of `logits`, for losses that make logits themselves."""
+        if self.head is None:
+            return Head(embedding_VD=self.embed.embedding[...])
+        return Head(kernel_DV=self.head.kernel[...])
 
 
 # --- building --------------------------------------------------------------------------------
@@ -256,6 +265,17 @@ def loss_of(model: Decoder, batch: Batch, chunk: int | None, tape: Tape) -> Arra
     hidden_BTD = model(batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT, tape)
     loss_BT = chunked_cross_entropy(model.logits, hidden_BTD, batch.targets_BT, chunk)
     return jnp.where(batch.loss_mask_BT, loss_BT, 0.0)
+
+
+def hidden_fn(graph: Graph) -> HiddenFn:
+    """``(params, batch) -> (hidden_BTD, head)``: the decoder without its last matrix product."""
+
+    def hidden(params: Params, batch: Batch) -> tuple[Array, Head]:
+        model = nnx.merge(graph, params)
+        hidden_BTD = model(batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
+        return hidden_BTD, model.unembedding()
+
+    return hidden
 
 
 def logits_fn(graph: Graph) -> LogitsFn:
