@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from dh_jax.data.mixing import MixedDataset
     from dh_jax.data.packing import PackedDataset
     from dh_jax.data.tokenization import TokenizerWrapper
+    from dh_jax.distillation.cached import CachedTeacher
+    from dh_jax.distillation.teacher import TeacherWrapper
     from dh_jax.influence.calculator import DataInfCalculator
     from dh_jax.influence.optimizer import InfluenceAwareOptimizer
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Batch": "dh_jax.batch",
+    "CachedTeacher": "dh_jax.distillation.cached",
     "DataConfig": "dh_jax.config",
     "DataInfCalculator": "dh_jax.influence.calculator",
     "InfluenceAwareOptimizer": "dh_jax.influence.optimizer",
@@ -33,6 +36,7 @@ _HOMES = {
     "PackedDataset": "dh_jax.data.packing",
     "PretrainDataset": "dh_jax.data.datasets.pretrain",
     "SFTDataset": "dh_jax.data.datasets.sft",
+    "TeacherWrapper": "dh_jax.distillation.teacher",
     "TokenizerWrapper": "dh_jax.data.tokenization",
     "get_loader": "dh_jax.data.loader",
     "load_data_config": "dh_jax.config",
@@ -40,6 +44,7 @@ _HOMES = {
 
 __all__ = [
     "Batch",
+    "CachedTeacher",
     "DataConfig",
     "DataInfCalculator",
     "InfluenceAwareOptimizer",
@@ -48,6 +53,7 @@ __all__ = [
     "PackedDataset",
     "PretrainDataset",
     "SFTDataset",
+    "TeacherWrapper",
     "TokenizerWrapper",
     "__version__",
     "get_loader",

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dh_jax.distillation_schema import DistillationConfig
 from dh_jax.errors import ConfigError
 from dh_jax.rules import (
     decisive_spec,
@@ -68,6 +69,7 @@ __all__ = [
     "ConversationConfig",
     "DataConfig",
     "DecontaminationConfig",
+    "DistillationConfig",
     "DistributedConfig",
     "FilesSource",
     "HubSource",

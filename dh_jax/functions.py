@@ -32,6 +32,33 @@ class LogitsFn(Protocol):
     def __call__(self, params: Params, batch: Batch) -> jax.Array: ...
 
 
+class Head(NamedTuple):
+    """What turns hidden states into logits; exactly one of the two tables is given."""
+
+    kernel_DV: jax.Array | None = None
+    embedding_VD: jax.Array | None = None  # a tied table, as the look-up has it
+    bias_V: jax.Array | None = None
+    cap: jax.Array | float | None = None  # logits become cap * tanh(logits / cap) (Gemma 2)
+
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+        table = self.embedding_VD
+        if table is not None:
+            return int(table.shape[0])
+        assert self.kernel_DV is not None, "a head has a kernel or an embedding"
+        return int(self.kernel_DV.shape[1])
+
+
+class HiddenFn(Protocol):
+    """A model before its last matrix product: ``(params, batch) -> (hidden_BTD, head)``.
+
+    For losses that make logits themselves, a few tokens at a time.
+    """
+
+    def __call__(self, params: Params, batch: Batch) -> tuple[jax.Array, Head]: ...
+
+
 class TappedLayer(NamedTuple):
     """One parametrised operation of a model, as a `TappedLossFn` sees it.
 

@@ -22,7 +22,7 @@ from dh_jax.config import (
     public_run,
     typed,
 )
-from dh_jax.data.loader import Loader, get_loader
+from dh_jax.data.loader import Join, Loader, get_loader
 from dh_jax.data.prepare import open_prepared
 from dh_jax.data.seeding import derive
 from dh_jax.data.tokenization import TokenizerWrapper
@@ -83,6 +83,7 @@ def training_loader(
     tokenizer: TokenizerWrapper | None = None,
     shard: tuple[int, int] = (0, 1),
     prefetch: int | None = None,
+    join: Join | None = None,
 ) -> Loader:
     """The loader that a run trains on, at its first batch, under the configured weights.
 
@@ -96,6 +97,7 @@ def training_loader(
         seed=derive(config.training.seed, "train"),
         shard=shard,
         prefetch=prefetch,
+        join=join,
     )
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from dh_jax.distillation_schema import DistillationConfig
+
 SPLITS = ("train", "probe", "eval")
 # array_record holds JSON objects, array_record_text plain UTF-8.
 FILE_FORMATS = ("jsonl", "parquet", "arrow", "text", "array_record", "array_record_text")
@@ -376,6 +378,7 @@ class RunConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     mixing: MixingConfig = field(default_factory=MixingConfig)
     influence: InfluenceConfig = field(default_factory=InfluenceConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     out: str = "runs/default"
     resume: bool = False

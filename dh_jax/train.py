@@ -1,4 +1,4 @@
-"""Training: one jitted step, and the loop that feeds, steers, judges, logs and saves it.
+"""Training: the loop that feeds the step, steers, judges, logs and saves.
 
 A run is a pure function of its config. Everything that changes while it goes on (parameters,
 optimizer and policy, position of every loader) is in the checkpoint, so a run that was killed
@@ -15,16 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dh_jax import trackers
-from dh_jax.batch import Batch
+from dh_jax import distilling, trackers
 from dh_jax.config import (
     RunConfig,
-    TrainingConfig,
     load_data_config,
     public_run,
     weights_of,
@@ -44,10 +40,10 @@ from dh_jax.distributed.placement import check_heads, on_mesh, param_shardings, 
 from dh_jax.distributed.processes import join
 from dh_jax.errors import ConfigError, DataError
 from dh_jax.evaluate import make_evaluation
-from dh_jax.functions import LossFn, Params, as_argument, masked_mean
+from dh_jax.functions import LossFn, Params, as_argument
 from dh_jax.influence.calculator import DataInfCalculator
 from dh_jax.influence.optimizer import InfluenceAwareOptimizer, InfluenceState
-from dh_jax.metrics import StepMetrics, train_record
+from dh_jax.metrics import train_record
 from dh_jax.mixing.policy import SAMPLED
 from dh_jax.mixing.registry import SIZED, make_policy
 from dh_jax.models import decoder
@@ -67,67 +63,7 @@ from dh_jax.runstate import restore_run, save_run
 from dh_jax.sampling import Samplers
 from dh_jax.signals import stop_signals
 from dh_jax.steering import by_source, decide_next, move_weights
-
-# (params, state, batch, key) -> (params, state, metrics); the loss is bound as its first argument.
-TrainStep = partial[tuple[Params, InfluenceState, StepMetrics]]
-
-
-def make_step(
-    loss_fn: LossFn,
-    optimizer: InfluenceAwareOptimizer,
-    source_count: int,
-    shardings: tuple[Any, Any, NamedSharding] | None = None,
-) -> TrainStep:
-    """One optimizer step, jitted; parameters and optimizer state are donated.
-
-    ``shardings`` are those of parameters, state and metrics behind the step; None leaves them to
-    XLA.
-    """
-
-    def step(
-        loss_fn: LossFn, params: Params, state: InfluenceState, batch: Batch, key: jax.Array
-    ) -> tuple[Params, InfluenceState, StepMetrics]:
-        def objective(params: Params) -> tuple[jax.Array, jax.Array]:
-            loss_BT = loss_fn(params, batch, key)
-            return masked_mean(loss_BT, batch.loss_mask_BT), loss_BT
-
-        (loss, loss_BT), grads = jax.value_and_grad(objective, has_aux=True)(params)
-        updates, state = optimizer.update(grads, state, params)
-        of_source_MB = jax.nn.one_hot(batch.source_ids_B, source_count, axis=0)
-        targets_M = of_source_MB @ batch.loss_mask_BT.sum(1).astype(jnp.float32)
-        loss_M = of_source_MB @ loss_BT.sum(1) / targets_M.clip(min=1)
-        metrics = StepMetrics(loss, optax.tree.norm(grads), loss_M, targets_M)
-        state = optimizer.observe(state, loss_M, targets_M)
-        return optax.apply_updates(params, updates), state, metrics
-
-    return partial(
-        jax.jit(step, donate_argnums=(1, 2), out_shardings=shardings), as_argument(loss_fn)
-    )
-
-
-def make_schedule(training: TrainingConfig) -> optax.Schedule:
-    """Linear warm-up to the peak, then a cosine down to the final fraction of it."""
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=training.learning_rate,
-        warmup_steps=training.warmup,
-        decay_steps=max(training.steps, training.warmup + 1),
-        end_value=training.learning_rate * training.final_learning_rate,
-    )
-
-
-def make_optimizer(training: TrainingConfig) -> optax.GradientTransformation:
-    """AdamW with gradient clipping; weight decay acts on matrices alone."""
-    return optax.chain(
-        optax.clip_by_global_norm(training.clip_norm),
-        optax.adamw(
-            make_schedule(training),
-            b1=training.b1,
-            b2=training.b2,
-            weight_decay=training.weight_decay,
-            mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
-        ),
-    )
+from dh_jax.step import make_optimizer, make_schedule, make_step
 
 
 class Run(NamedTuple):
@@ -138,12 +74,13 @@ class Run(NamedTuple):
     tokenizer: TokenizerWrapper
     loader: Loader
     samplers: Samplers | None  # None where nothing needs influence
-    loss_fn: LossFn
+    loss_fn: LossFn  # against the data: what is trained unless distilled, and what is judged
     calculator: DataInfCalculator
     optimizer: InfluenceAwareOptimizer
     params: Params
     state: InfluenceState
     key: jax.Array
+    distilled: distilling.Distilled | None  # what is trained instead
 
 
 def check(config: RunConfig) -> RunConfig:
@@ -153,6 +90,7 @@ def check(config: RunConfig) -> RunConfig:
         ConfigError: names the value, the limit and the cure.
     """
     check_training(config.training)
+    distilling.check_distillation(config)
     data = load_data_config(config.data)
     mixing = resolve_reference(config.mixing, list(data.sources))
     return dataclasses.replace(config, data=data, mixing=mixing, model=resolve(config.model))
@@ -166,7 +104,9 @@ def open_run(config: RunConfig, closing: ExitStack) -> Run:
     tokenizer = TokenizerWrapper.load(data.tokenizer, add_bos=data.add_bos, add_eos=data.add_eos)
     sizes = source_tokens(data, tokenizer) if config.mixing.policy in SIZED else None
     policy = make_policy(config.mixing, list(data.sources), sizes)
-    loader = training_loader(config, tokenizer=tokenizer, shard=loader_shard(mesh))
+    cached = distilling.find_cache(config)
+    join = None if cached is None else cached.join
+    loader = training_loader(config, tokenizer=tokenizer, shard=loader_shard(mesh), join=join)
     closing.enter_context(loader)
     samplers = None
     measures = bool(policy.needs & SAMPLED or config.influence.documents)
@@ -178,6 +118,7 @@ def open_run(config: RunConfig, closing: ExitStack) -> Run:
     model = start(config.model, tokenizer.vocab_size, key, lambda p: param_shardings(p, mesh))
     params, loss_fn = model.params, on_mesh(model.loss_fn, mesh)
     warn_unsplit(params, mesh)
+    distilled = distilling.open_distillation(config, cached, model.hidden_fn, loader, mesh)
     calculator = DataInfCalculator(
         loss_fn, damping=config.influence.damping, parameters=config.influence.parameters
     )
@@ -201,7 +142,7 @@ def open_run(config: RunConfig, closing: ExitStack) -> Run:
     loader.set_weights(by_source(loader, state.weights_M))
     return Run(
         config, mesh, tokenizer, loader, samplers, loss_fn, calculator, optimizer, params, state,
-        replicate(key, mesh),
+        replicate(key, mesh), distilled,
     )  # fmt: skip
 
 
@@ -319,6 +260,8 @@ def _loop(
                 assert rows is not None
                 batch = to_device(rows, run.mesh)
                 key = jax.random.fold_in(run.key, step)
+                if run.distilled is not None:  # another loss at every step, in one program
+                    train_step = partial(train_step.func, run.distilled.loss_at(step))
                 params, state, metrics = train_step(params, state, batch, key)
                 loss = float(metrics.loss)
             if not np.isfinite(loss):
@@ -329,6 +272,9 @@ def _loop(
             # The first step too: its record holds the weights that the run began with.
             if step % training.log_interval == 0 or step in (1, training.steps):
                 log.write(train_record(step, metrics, learning_rate, loader, run.mesh, rows))
+            if run.distilled and (step % training.eval_interval == 0 or step == training.steps):
+                with phase("distillation", step):
+                    log.write(run.distilled.record(step, params, batch))
             if optimizer.due(step, state):
                 try:
                     with phase("reweight", step):

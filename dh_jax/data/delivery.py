@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeAlias
 
 from dh_jax.batch import Batch, Origins
 from dh_jax.config import DataConfig
@@ -21,6 +21,10 @@ from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.errors import StateError
 
 SCHEMA = 2
+
+
+# Adds to a batch what is known of its pieces of documents, in the thread that makes batches.
+Join: TypeAlias = Callable[[Batch, Origins], Batch]
 
 
 class _Made(NamedTuple):
@@ -48,11 +52,12 @@ class Loader:
         drawn: int,
         prefetch: int,
         identity: Mapping[str, Any],
+        join: Join | None = None,
     ):
         self.config, self.tokenizer, self.batch_size = config, tokenizer, batch_size
         self.row_length = config.max_length
         self._mixture, self._drawn, self._shard = mixture, drawn, shard
-        self._prefetch, self._identity = prefetch, identity
+        self._prefetch, self._identity, self._join = prefetch, identity, join
         self._worker = ThreadPoolExecutor(1, "dh-loader") if prefetch else None
         self._ahead: deque[Future[_Made | None]] = deque()
         self._delivered = mixture.snapshot()
@@ -97,6 +102,8 @@ class Loader:
             self.row_length,
             self.config.packing.max_segments,
         )
+        if self._join is not None:
+            batch = self._join(batch, origins)
         return _Made(batch, origins, int(origins.lengths_BS.sum()), behind)
 
     @property
@@ -109,6 +116,12 @@ class Loader:
         if self._origins is None:
             raise StateError("no batch was delivered yet; origins describe the last one")
         return self._origins
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides which rows come, fit for JSON: tokenizer, row length, packing, seed, and
+        for each source a hash of what decides its documents."""
+        return dict(self._identity)
 
     @property
     def streamed(self) -> bool:

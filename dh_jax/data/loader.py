@@ -21,7 +21,7 @@ from dh_jax.config import (
     weights_of,
 )
 from dh_jax.data.datasets.pretrain import PretrainDataset
-from dh_jax.data.delivery import Loader
+from dh_jax.data.delivery import Join, Loader
 from dh_jax.data.mixing import MixedDataset
 from dh_jax.data.prepare import open_prepared, text_sources
 from dh_jax.data.sources import DocumentSource
@@ -47,6 +47,7 @@ def get_loader(
     shuffle: bool | None = None,
     repeat: bool | None = None,
     prefetch: int | None = None,
+    join: Join | None = None,
 ) -> Loader:
     """Batches of a data config: packed, mixed, resumable, with weights that may change.
 
@@ -62,6 +63,8 @@ def get_loader(
         weights: instead of the config's, for the sources named.
         shuffle, repeat: default True for train, False for probe and eval (one pass, in order).
         prefetch: batches made ahead by a background thread; default ``config.prefetch``.
+        join: ``(batch, origins) -> batch``, for every batch that is made; `CachedTeacher.join`
+            gives batches their teacher.
 
     Raises:
         ConfigError: the config or an argument is wrong.
@@ -143,6 +146,7 @@ def get_loader(
             "seed": seed,
             "sources": {n: _fingerprint(*source, config, wrapper) for n, source in chosen.items()},
         },
+        join=join,
     )
 
 

@@ -28,9 +28,9 @@ from dh_jax.errors import DataError
 
 SCHEMA = 2
 BLOCK_TOKENS = 32_768  # guarded together: 64 KiB of 16-bit tokens, about what a page fault reads
-GUARDED = ("tokens", "loss_mask")  # stand last in the file; all before them is the index
+GUARDED = ("tokens", "loss_mask", "records")  # stand last in the file; all before them is the index
 
-_NAMES = {"U16": "<u2", "U32": "<u4", "U64": "<u8", "I64": "<i8", "BOOL": "|b1"}
+_NAMES = {"U8": "|u1", "U16": "<u2", "U32": "<u4", "U64": "<u8", "I64": "<i8", "BOOL": "|b1"}
 _CODES = {np.dtype(name): code for code, name in _NAMES.items()}
 
 
@@ -41,6 +41,8 @@ class ShardChecks(NamedTuple):
     arrays: tuple[npt.NDArray[Any], ...]  # tokens and, if there is one, the mask; memory maps
     tables: tuple[npt.NDArray[np.uint32], ...]  # [N] each
     checked_N: npt.NDArray[np.bool_]  # written by check_blocks; threads may share it
+    rows: int = BLOCK_TOKENS  # guarded together
+    cure: str = "prepare the store again"
 
 
 def check_blocks(checks: ShardChecks, start: int, stop: int) -> None:
@@ -52,18 +54,18 @@ def check_blocks(checks: ShardChecks, start: int, stop: int) -> None:
     Raises:
         DataError: a block's bytes are not those that were written.
     """
-    for block in range(start // BLOCK_TOKENS, -(-stop // BLOCK_TOKENS)):
+    for block in range(start // checks.rows, -(-stop // checks.rows)):
         if not checks.checked_N[block]:
             _check_block(checks, block)
 
 
 def _check_block(checks: ShardChecks, block: int) -> None:
-    begin, end = block * BLOCK_TOKENS, (block + 1) * BLOCK_TOKENS
+    begin, end = block * checks.rows, (block + 1) * checks.rows
     for array, table in zip(checks.arrays, checks.tables, strict=True):
         if zlib.crc32(array[begin:end].data) != table[block]:
             raise DataError(
-                f"shard {checks.path} is damaged: tokens {begin} to {min(end, array.size)} are not "
-                "those that were written; prepare the store again"
+                f"shard {checks.path} is damaged: tokens {begin} to {min(end, len(array))} are not "
+                f"those that were written; {checks.cure}"
             )
     checks.checked_N[block] = True
 
@@ -147,29 +149,49 @@ def write_shard(
     if minhash is not None:
         arrays["minhash"] = minhash
     guarded = {"tokens": tokens} | ({} if loss_mask is None else {"loss_mask": loss_mask})
+    checksums = write_arrays(path, arrays, guarded)
+    counts = {"documents": documents.size, "tokens": tokens.size, "bytes": sizes.sum()}
+    return {name: int(count) for name, count in counts.items()} | checksums
+
+
+def write_arrays(
+    path: Path,
+    arrays: dict[str, npt.NDArray[Any]],
+    guarded: Mapping[str, npt.NDArray[Any]],
+    rows: int = BLOCK_TOKENS,
+) -> dict[str, Any]:
+    """Write a safetensors file atomically; the same arguments give the same bytes.
+
+    Args:
+        path: of the file; its folder is made.
+        arrays: the index, wide types first.
+        guarded: what is read at random, names of `GUARDED`; each gets a CRC-32 for every
+            ``rows`` rows, as ``{name}_crc32`` in the index.
+        rows: guarded together.
+
+    Returns:
+        ``blake2b`` of the file, ``crc32`` of all before what is guarded.
+
+    Raises:
+        DataError: the disk is full.
+    """
     for name, array in guarded.items():
-        blocks = range(0, array.size, BLOCK_TOKENS)
-        crcs = [zlib.crc32(array[at : at + BLOCK_TOKENS].data) for at in blocks]
-        arrays[f"{name}_crc32"] = np.array(crcs, np.uint32)
-    header = _header(arrays | guarded)
+        blocks = range(0, len(array), rows)
+        crcs = [zlib.crc32(np.ascontiguousarray(array[at : at + rows]).data) for at in blocks]
+        arrays = arrays | {f"{name}_crc32": np.array(crcs, np.uint32)}
+    header = _header({**arrays, **guarded})
     checksum = hashlib.blake2b(header, digest_size=16)
     crc = zlib.crc32(header)
     with replacing(path) as partial, partial.open("wb") as file:
         file.write(header)
-        for name, array in (arrays | guarded).items():
+        for name, array in {**arrays, **guarded}.items():
             data = np.ascontiguousarray(array).data.cast("B") if array.size else b""
             file.write(data)
             checksum.update(data)
             crc = crc if name in guarded else zlib.crc32(data, crc)
         file.flush()
         os.fsync(file.fileno())
-    return {
-        "documents": int(documents.size),
-        "tokens": int(tokens.size),
-        "bytes": int(sizes.sum()),
-        "blake2b": checksum.hexdigest(),
-        "crc32": crc,
-    }
+    return {"blake2b": checksum.hexdigest(), "crc32": crc}
 
 
 def _header(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
@@ -239,12 +261,15 @@ def file_checksum(path: Path) -> str:
 # --- reading ---------------------------------------------------------------------------------
 
 
-def map_shard(path: Path, crc32: int | None = None) -> dict[str, npt.NDArray[Any]]:
+def map_shard(
+    path: Path, crc32: int | None = None, cure: str = "prepare the store again"
+) -> dict[str, npt.NDArray[Any]]:
     """The tensors of a shard as read-only memory maps.
 
     Args:
         path: of the file.
         crc32: of its index, which is read and compared; None: it is not.
+        cure: what an error tells the user to do.
 
     Raises:
         DataError: the file is missing, cut short, damaged, or not safetensors.
@@ -269,9 +294,9 @@ def map_shard(path: Path, crc32: int | None = None) -> dict[str, npt.NDArray[Any
             raise ValueError("its index is not the one that was written")
         return arrays
     except FileNotFoundError:
-        raise DataError(f"shard {path} is missing; prepare the store again") from None
+        raise DataError(f"shard {path} is missing; {cure}") from None
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, struct.error) as error:
-        raise DataError(f"shard {path} is damaged ({error}); prepare the store again") from error
+        raise DataError(f"shard {path} is damaged ({error}); {cure}") from error
 
 
 def checks_of(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> ShardChecks:

@@ -25,6 +25,7 @@ from dh_jax.config import validate_model
 from dh_jax.distributed.mesh import row_ways
 from dh_jax.distributed.placement import constrain
 from dh_jax.errors import ConfigError
+from dh_jax.functions import Head
 from dh_jax.models.attention import Attend, Attention, head_width
 from dh_jax.models.kernels import KERNELS
 from dh_jax.models.layers import MLP, Linear, RMSNorm, product
@@ -35,7 +36,7 @@ from dh_jax.models.taps import Tape, named, under
 if TYPE_CHECKING:
     from dh_jax.batch import Batch
     from dh_jax.config import ModelConfig
-    from dh_jax.functions import LogitsFn, LossFn
+    from dh_jax.functions import HiddenFn, LogitsFn, LossFn
 
 Array: TypeAlias = jax.Array
 Params: TypeAlias = dict[str, Any]  # nested, string keys, float32 leaves
@@ -172,6 +173,12 @@ class Decoder(nnx.Module):
         kernel_DV = kernel_DV.astype(hidden_BTD.dtype)
         return constrain(product(hidden_BTD, kernel_DV, self.precision, jnp.float32), "BTV")
 
+    def unembedding(self) -> Head:
+        """The weights of `logits`, for losses that make logits themselves."""
+        if self.head is None:
+            return Head(embedding_VD=self.embed.embedding[...])
+        return Head(kernel_DV=self.head.kernel[...])
+
 
 # --- building --------------------------------------------------------------------------------
 
@@ -258,6 +265,17 @@ def loss_of(model: Decoder, batch: Batch, chunk: int | None, tape: Tape) -> Arra
     hidden_BTD = model(batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT, tape)
     loss_BT = chunked_cross_entropy(model.logits, hidden_BTD, batch.targets_BT, chunk)
     return jnp.where(batch.loss_mask_BT, loss_BT, 0.0)
+
+
+def hidden_fn(graph: Graph) -> HiddenFn:
+    """``(params, batch) -> (hidden_BTD, head)``: the decoder without its last matrix product."""
+
+    def hidden(params: Params, batch: Batch) -> tuple[Array, Head]:
+        model = nnx.merge(graph, params)
+        hidden_BTD = model(batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
+        return hidden_BTD, model.unembedding()
+
+    return hidden
 
 
 def logits_fn(graph: Graph) -> LogitsFn:

@@ -32,7 +32,7 @@ from dh_jax.models.naming import flatten, hf_module, unflatten
 
 if TYPE_CHECKING:
     from dh_jax.batch import Batch
-    from dh_jax.functions import LossFn
+    from dh_jax.functions import Head, HiddenFn, LossFn
 
 Array: TypeAlias = jax.Array
 
@@ -117,6 +117,15 @@ def loss_fn(graph: Graph, base: Params, chunk: int | None = None) -> LossFn:
 
 def _loss(loss: LossFn, base: Params, adapters: Params, batch: Batch, key: Array) -> Array:
     return loss(combine(base, adapters), batch, key)
+
+
+def hidden_fn(graph: Graph, base: Params) -> HiddenFn:
+    """`decoder.hidden_fn` of adapters beside a frozen base; a `Partial`, as `loss_fn`."""
+    return jax.tree_util.Partial(partial(_hidden, decoder.hidden_fn(graph)), base)
+
+
+def _hidden(hidden: HiddenFn, base: Params, adapters: Params, batch: Batch) -> tuple[Array, Head]:
+    return hidden(combine(base, adapters), batch)
 
 
 # --- merging ---------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from dh_jax.models.hf_config import SHAPE
 from dh_jax.models.pretrained import find_folder, load_pretrained, read_config
 
 if TYPE_CHECKING:
-    from dh_jax.functions import LossFn
+    from dh_jax.functions import HiddenFn, LossFn
 
 
 class Started(NamedTuple):
@@ -25,6 +25,7 @@ class Started(NamedTuple):
 
     params: Params  # what is trained: everything, or the adapters
     loss_fn: LossFn  # of these params; carries the frozen base beside adapters
+    hidden_fn: HiddenFn | None = None  # of these params, too; None in what is only priced
 
 
 def resolve(config: ModelConfig) -> ModelConfig:
@@ -84,10 +85,10 @@ def start(
         graph, params = decoder.build(config, rows, key)
         params = _place(params, shardings)
     if not config.lora.rank:
-        return Started(params, decoder.loss_fn(graph, chunk))
+        return Started(params, decoder.loss_fn(graph, chunk), decoder.hidden_fn(graph))
     graph, adapters = lora.adapt(graph, params, config.lora, jax.random.fold_in(key, 1))
-    adapters = _place(adapters, shardings)
-    return Started(adapters, lora.loss_fn(graph, _freeze(params, config), chunk))
+    adapters, frozen = _place(adapters, shardings), _freeze(params, config)
+    return Started(adapters, lora.loss_fn(graph, frozen, chunk), lora.hidden_fn(graph, frozen))
 
 
 def abstract_start(

@@ -17,6 +17,7 @@ from dh_jax.errors import DataError
 from dh_jax.report import finding, plots
 from dh_jax.report.runs import Run, ScoredDocument, find_runs, load_run
 from dh_jax.report.statistics import Summary, by_policy, config_differences
+from dh_jax.report.teaching import DISTILLED, is_distilled, teaching
 
 HERE = Path(__file__).resolve().parent
 SHOWN_DOCUMENTS = 6  # at each end
@@ -99,6 +100,9 @@ def render(runs: Sequence[Run], summary: Summary, title: str | None = None) -> s
         phases=list(dict.fromkeys(p for c in summary.clock.values() for p in c.seconds)),
         scored=scored,
         excerpts=excerpts(scored),
+        taught=[
+            (run, points[-1]) for run in ordered if (points := teaching(run.folder, run.config))
+        ],
         config_differences=config_differences(ordered) if len(ordered) > 1 else {},
         versions=versions(ordered),
         commands=commands(ordered),
@@ -180,8 +184,9 @@ def command_of(run: Run) -> str:
     for group in ("data", "model", "mesh"):
         if name := (run.config.get(group) or {}).get("name"):
             words.append(f"{group}={name}")
-    words.append(f"mixing={run.policy}")
-    for group in ("mixing", "influence", "training"):
+    words.append(f"mixing={run.policy.removesuffix(DISTILLED)}")
+    taught = ("distillation",) if is_distilled(run.config) else ()
+    for group in ("mixing", "influence", *taught, "training"):
         for key, value in (run.config.get(group) or {}).items():
             if (group, key) != ("mixing", "policy"):
                 words.append(f"{group}.{key}={_hydra(value)}")

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import yaml
 
 from dh_jax.errors import DataError
+from dh_jax.report.teaching import named
 
 T = TypeVar("T")
 
@@ -167,10 +168,11 @@ def load_run(folder: Path) -> Run:
     status = about.text("status")
     if status not in STATUSES:
         raise DataError(f"{about.where}: status {status!r} is none of {', '.join(STATUSES)}")
+    settings = _Fields(config, str(folder / "config.yaml"))
     run = Run(
         folder=folder,
-        policy=_Fields(config, str(folder / "config.yaml")).inner("mixing").text("policy"),
-        seed=_Fields(config, str(folder / "config.yaml")).inner("training").integer("seed"),
+        policy=named(settings.inner("mixing").text("policy"), config),
+        seed=settings.inner("training").integer("seed"),
         status=status,
         targets=about.numbers("targets"),
         parameters=about.integer("parameters"),
@@ -224,13 +226,12 @@ def _metrics(
             _append(evals, _eval(fields), fields.where)
         elif kind == "reweight":
             _append(reweights, _reweight(fields), fields.where)
-        elif kind != "pace":  # when to move next, which the moves themselves show
+        elif kind not in ("pace", "distillation"):  # moves show those, `teaching` reads these
             unknown[kind] += 1
     if not train:
         raise DataError(f"{path}: no 'train' record; the run has not logged a step yet")
-    notes += [
-        f"{path.name}: {n} records of unknown kind {k!r} left out" for k, n in unknown.items()
-    ]
+    left = unknown.items()
+    notes += [f"{path.name}: {n} records of unknown kind {k!r} left out" for k, n in left]
     return tuple(train), tuple(evals), tuple(reweights)
 
 

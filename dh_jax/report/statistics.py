@@ -17,8 +17,8 @@ from dh_jax.report.runs import EvalPoint, Run, tokens_at
 BASELINES = ("static", "uniform")
 CONFIDENCE = 0.95
 TOKEN_TOLERANCE = 0.01  # runs whose token counts differ by more are not compared
-FREE_KEYS = ("mixing.", "influence.", "training.seed", "data.seed", "training.tensorboard",
-             "training.wandb", "out", "resume")  # fmt: skip
+FREE_KEYS = ("mixing.", "influence.", "distillation.", "training.seed", "data.seed",
+             "training.tensorboard", "training.wandb", "out", "resume")  # fmt: skip
 
 
 class Spread(NamedTuple):

@@ -30,18 +30,17 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The demo's data, and a static run on it."""
+    """The demo's data (those that DH_DEMO names, if it does), and a static run on it."""
     folder = tmp_path_factory.mktemp("demo")
     kept = os.environ.get(FOLDER_VARIABLE)
     jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
-    build_data(folder)
+    build_data(Path(kept) if kept else folder)
     out = folder / "static"
     assert cli.main(["train", "data=demo", *SMALL, f"out={out}"]) == 0
     yield out
     jax.config.update("jax_compilation_cache_dir", None)
-    os.environ.pop(FOLDER_VARIABLE)
-    if kept is not None:
-        os.environ[FOLDER_VARIABLE] = kept
+    if kept is None:
+        os.environ.pop(FOLDER_VARIABLE)
 
 
 @pytest.mark.parametrize("name", list_configs()["mixing"])

@@ -1,0 +1,1 @@
+"""Distillation: losses that never hold the vocabulary table, and a teacher cached on disk."""

@@ -1,0 +1,243 @@
+"""A run's teacher, live or cached, from its config; and making a cache of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from dh_jax.batch import Batch
+from dh_jax.config import DistillationConfig, ModelConfig, RunConfig
+from dh_jax.data.loader import Loader
+from dh_jax.data.tokenization import TokenizerWrapper
+from dh_jax.distillation.cached import CachedTeacher, open_cache
+from dh_jax.distillation.caching import Progress, write_cache
+from dh_jax.distillation.divergences import Divergence, check_divergence
+from dh_jax.distillation.losses import Kind, Mix
+from dh_jax.distillation.objective import Objective, make_objective
+from dh_jax.distillation.sparse import check_estimator, check_temperature
+from dh_jax.distillation.teacher import TeacherWrapper, fingerprint_of, wrap_teacher
+from dh_jax.distributed.mesh import make_mesh, row_ways
+from dh_jax.distributed.placement import on_mesh, param_shardings
+from dh_jax.errors import ConfigError
+from dh_jax.functions import HiddenFn, LossFn, Params
+from dh_jax.models import decoder
+from dh_jax.models.pretrained import find_folder, load_pretrained
+
+
+class Distilled(NamedTuple):
+    """A run's objective and the schedule of its parts."""
+
+    objective: Objective
+    mix_at: Callable[[int], Mix]
+
+    def loss_at(self, step: int) -> LossFn:
+        """The loss of a step, from 1; all share one compiled program."""
+        return self.objective.loss_fn(self.mix_at(step))
+
+    def record(self, step: int, params: Params, batch: Batch) -> dict[str, Any]:
+        """What the log says of student and teacher on a batch."""
+        mix = self.mix_at(step)
+        found = jax.device_get(self.objective.measure(params, batch, mix))._asdict()
+        weight, _, temperature = mix
+        return {"kind": "distillation", "step": step} | {
+            "alpha": weight,
+            "temperature": 1.0 if temperature is None else temperature,
+            **{name: float(value) for name, value in found.items()},
+        }
+
+
+def check_distillation(config: RunConfig) -> None:
+    """Refuse keys that make no loss.
+
+    Raises:
+        ConfigError: names the key, its value and the cure.
+    """
+    d = config.distillation
+    if not _wanted(d):
+        return
+    kind = kind_of(d)
+    check_divergence(kind.divergence)
+    if d.cache is not None:
+        check_estimator(d.estimator, kind.divergence)
+    for label, value, least, most in (
+        ("alpha", d.alpha, 0, 1), ("alpha_end", _or(d.alpha_end, d.alpha), 0, 1),
+        ("chunk", d.chunk, 1, None), ("batch_size", d.batch_size, 1, None),
+        ("shard_entries", d.shard_entries, 1, None),
+    ):  # fmt: skip
+        if value < least or (most is not None and value > most):
+            limits = f"from {least} to {most}" if most is not None else f"at least {least}"
+            raise ConfigError(f"distillation.{label} is {value}; it must be {limits}")
+    for label, value in (
+        ("temperature", d.temperature),
+        ("temperature_end", _or(d.temperature_end, d.temperature)),
+    ):
+        if not value > 0:
+            raise ConfigError(f"distillation.{label} is {value}; it must be above 0")
+    if d.dtype not in ("float32", "bfloat16"):
+        raise ConfigError(f"distillation.dtype is {d.dtype!r}; allowed: float32, bfloat16")
+
+
+def kind_of(d: DistillationConfig) -> Kind:
+    """The static part of a configured loss."""
+    return Kind(Divergence(d.divergence, d.beta), d.estimator, d.squared, d.vocabulary)
+
+
+def schedule_of(d: DistillationConfig, steps: int) -> Callable[[int], Mix]:
+    """Step (from 1) -> weights and temperature, in a straight line over the run's steps."""
+
+    def between(start: float, end: float | None, step: int) -> float:
+        return start if end is None else start + (end - start) * (step - 1) / max(steps - 1, 1)
+
+    hard = min(d.alpha, _or(d.alpha_end, d.alpha)) < 1
+    warm = d.temperature != 1 or d.temperature_end is not None
+
+    def mix_at(step: int) -> Mix:
+        alpha = between(d.alpha, d.alpha_end, step)
+        temperature = between(d.temperature, d.temperature_end, step)
+        return Mix(alpha, 1 - alpha if hard else None, temperature if warm else None)
+
+    return mix_at
+
+
+def find_cache(config: RunConfig) -> CachedTeacher | None:
+    """The run's cache, opened and held against its config; None where it has none.
+
+    Raises:
+        ConfigError: the temperature is not the cache's, or its entries fit another estimator.
+        DataError, StateError: as `open_cache`; also where a teacher is named that is another.
+    """
+    d = config.distillation
+    if d.cache is None:
+        return None
+    teacher = None if d.teacher is None else _fingerprint(d)
+    cached = open_cache(d.cache, teacher=teacher)
+    check_temperature(d.temperature, cached.manifest["temperature"])
+    check_temperature(_or(d.temperature_end, d.temperature), cached.manifest["temperature"])
+    if cached.manifest["sampled"] != (d.estimator == "sampled"):
+        kept = "draws" if cached.manifest["sampled"] else "the most probable ids"
+        cure = "sampled" if cached.manifest["sampled"] else "tail"
+        raise ConfigError(
+            f"distillation.estimator is {d.estimator}, but the cache {d.cache} holds {kept}; "
+            f"take distillation.estimator={cure}"
+        )
+    return cached
+
+
+def open_distillation(
+    config: RunConfig,
+    cached: CachedTeacher | None,
+    student: HiddenFn | None,
+    loader: Loader,
+    mesh: Mesh,
+) -> Distilled | None:
+    """The run's objective; None for a run without a teacher.
+
+    Raises:
+        ConfigError: there is no such teacher, or it has another tokenizer.
+        StateError: the cache is of other pieces than the loader's.
+    """
+    d = config.distillation
+    if not _wanted(d):
+        return None
+    assert student is not None, "a run's student gives hidden states"
+    teacher = None
+    if cached is not None:
+        cached.check(loader.identity)
+    else:
+        teacher = load_teacher(d, loader.tokenizer, mesh)
+    objective = make_objective(
+        student, teacher, kind_of(d),
+        chunk=d.chunk * row_ways(mesh), wrap=partial(on_mesh, mesh=mesh),
+    )  # fmt: skip
+    return Distilled(objective, schedule_of(d, config.training.steps))
+
+
+def load_teacher(
+    d: DistillationConfig, tokenizer: TokenizerWrapper, mesh: Mesh, *, fingerprint: bool = False
+) -> TeacherWrapper:
+    """A teacher from a Hugging Face folder or a hub name, split over the mesh.
+
+    Raises:
+        ConfigError: there is no such model, or its tokenizer is not the data's.
+    """
+    if not d.teacher:
+        raise ConfigError("distillation.teacher names no model; give a folder or a hub name")
+    folder = find_folder(d.teacher)
+    own = TokenizerWrapper.load(folder, add_bos=tokenizer.add_bos, add_eos=tokenizer.add_eos)
+    if own.fingerprint != tokenizer.fingerprint:
+        raise ConfigError(
+            f"the teacher {d.teacher} has another tokenizer ({own.fingerprint}) than the data "
+            f"({tokenizer.fingerprint}); take data.tokenizer={d.teacher} and prepare the data again"
+        )
+    model = load_pretrained(
+        folder,
+        ModelConfig(dtype=d.dtype, scan_layers=True),
+        shardings=lambda params: param_shardings(params, mesh),
+    )
+    return wrap_teacher(
+        model.params,
+        hidden_fn=decoder.hidden_fn(model.graph),
+        dtype=None if d.dtype == "float32" else d.dtype,
+        mesh=mesh,
+        fingerprint=_fingerprint(d) if fingerprint else None,
+    )
+
+
+def make_cache(config: RunConfig, progress: Progress | None = None) -> CachedTeacher:
+    """Run the configured teacher over the configured data; see `write_cache`.
+
+    Raises:
+        ConfigError: the config names no teacher or no folder for the cache.
+        DataError, StateError: as `write_cache`.
+    """
+    d = config.distillation
+    if not d.cache or not d.teacher:
+        raise ConfigError(
+            "dh distill cache needs distillation.teacher=MODEL and distillation.cache=FOLDER"
+        )
+    check_distillation(config)
+    data = config.data
+    tokenizer = TokenizerWrapper.load(data.tokenizer, add_bos=data.add_bos, add_eos=data.add_eos)
+    mesh = make_mesh(config.mesh)
+    teacher = load_teacher(d, tokenizer, mesh, fingerprint=True)
+    return write_cache(
+        teacher, data, d.cache, mesh, tokenizer=tokenizer, entries=d.entries,
+        temperature=d.temperature, codec=d.codec, sampled=d.sampled, batch_size=d.batch_size,
+        shard_entries=d.shard_entries, progress=progress,
+    )  # fmt: skip
+
+
+def _wanted(d: DistillationConfig) -> bool:
+    return d.teacher is not None or d.cache is not None
+
+
+def _fingerprint(d: DistillationConfig) -> str:
+    assert d.teacher is not None
+    return fingerprint_of(find_folder(d.teacher), d.dtype)
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def with_defaults(overrides: list[str]) -> list[str]:
+    """Overrides of `dh distill`, which begins with the group's plainest loss."""
+    named = any(x.partition("=")[0] == "distillation" for x in overrides)
+    return overrides if named else ["distillation=forward_kl", *overrides]
+
+
+def refuse_without_teacher(config: RunConfig) -> None:
+    """`dh distill` wants a teacher.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if not _wanted(config.distillation):
+        raise ConfigError(
+            "dh distill needs distillation.teacher=MODEL, distillation.cache=FOLDER, or both (the "
+            "cache is then held against the teacher)"
+        )
