@@ -98,19 +98,24 @@ def draw(ax: Axes, series: Sequence[Series], *, steps: bool = False) -> None:
 
 
 def settled(series: Sequence[Series]) -> float | None:
-    """The highest value once a steep start is over; None where no curve starts at its highest.
+    """The highest value once a steep start is over; None where no curve starts at its highest, or
+    the start takes less than half of the height.
 
     A language model's loss falls so far in its first steps that, drawn whole, what tells two
     runs apart later cannot be seen.
     """
-    tops, cut = [], False
+    tops, cut, start = [], False, -np.inf
     for x, y in (curve for s in series for curve in s.curves):
         xs, ys = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
         begin = xs[0] + START * (xs[-1] - xs[0])
         tops += [np.interp(begin, xs, ys), *ys[xs >= begin]]
-        cut = cut or bool(len(ys) > 2 and np.isfinite(ys[0]) and not (ys > ys[0]).any())
-    high = max((t for t in tops if np.isfinite(t)), default=np.nan)
-    return float(high) if cut and np.isfinite(high) else None
+        if len(ys) > 2 and np.isfinite(ys[0]) and not (ys > ys[0]).any():
+            cut, start = True, max(start, ys[0])
+    finite = [t for t in tops if np.isfinite(t)]
+    if not cut or not finite:
+        return None
+    high, low = max(finite), min(finite)
+    return float(high) if start - low > 2 * (high - low) else None
 
 
 def cut_top(ax: Axes, top: float | None) -> None:

@@ -89,6 +89,8 @@ def test_only_a_falling_start_is_cut_off() -> None:
     assert viz.settled([viz.Series("a", STYLE, [(x, falling)])]) == pytest.approx(falling[15])
     assert viz.settled([viz.Series("a", STYLE, [(x, rising)])]) is None
     assert viz.settled([viz.Series("a", STYLE, [(x, [float("nan")] * 101)])]) is None
+    few = [0.0, 20.0, 40.0], [1.862, 1.789, 1.775]  # the start is most of what there is to see
+    assert viz.settled([viz.Series("a", STYLE, [few])]) is None
 
 
 def test_lines_draws_every_seed_and_their_mean() -> None:
