@@ -1,4 +1,4 @@
-"""One task of a torch library in a process of its own: `... TASK REPEATS`; see `_influence_ours`."""
+"""One task of a torch library in a process of its own: `... TASK REPEATS`; as `_influence_ours`."""
 
 from __future__ import annotations
 
@@ -205,7 +205,8 @@ def datainf_loop() -> dict[str, Work]:
     def checked() -> None:
         got = np.load(FOLDER / "datainf-scores.npy")
         want = run().numpy()
-        np.save(FOLDER / "datainf-difference.npy", np.linalg.norm(got - want) / np.linalg.norm(want))
+        difference = np.linalg.norm(got - want) / np.linalg.norm(want)
+        np.save(FOLDER / "datainf-difference.npy", difference)
 
     checked()
     return {"scores": run}

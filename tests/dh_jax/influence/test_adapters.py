@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
@@ -48,6 +47,7 @@ def problem():
     return loss, adapters, train, probe, slopes(train), slopes(probe)
 
 
+@pytest.mark.slow
 def test_datainf_and_the_damped_fisher_of_adapters_are_their_formulas():
     loss, adapters, train, probe, g, v = problem()
     dense_g, dense_v = (np.array([ravel_pytree(x)[0] for x in y], np.float64) for y in (g, v))
