@@ -103,7 +103,9 @@ def curvlinops(operator: str) -> dict[str, Work]:
         matrix = make(*arguments, named, [(tokens, targets.flatten())], check_deterministic=False)
     except (TypeError, AttributeError):  # older releases take a list
         matrix = make(
-            *arguments, list(named.values()), [(tokens, targets.flatten())],
+            *arguments,
+            list(named.values()),
+            [(tokens, targets.flatten())],
             check_deterministic=False,
         )
     vectors = [torch.randn_like(p) for p in named.values()]
