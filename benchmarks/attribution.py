@@ -78,9 +78,8 @@ def text(seeds: int) -> tuple[Truth, np.ndarray]:
 def judge(setting: str, truth: Truth, losses_N: np.ndarray, only: str) -> None:
     seeds = len(truth.losses_SMK)
     print(f"\n{setting}: {SUBSETS} half-subsets x {seeds} seeds; ", end="")
-    print(
-        f"a perfect score would reach {ceiling(truth):.3f}\n\n| | LDS | CPU s | with compiling | MiB |"
-    )
+    print(f"a perfect score would reach {ceiling(truth):.3f}\n")
+    print("| | LDS | CPU s | with compiling | MiB |")
     print("| --- | ---: | ---: | ---: | ---: |", flush=True)
     K = truth.losses_SMK.shape[-1]
     value, error = lds(np.broadcast_to(-losses_N, (K, len(losses_N))), truth)
