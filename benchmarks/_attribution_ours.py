@@ -50,6 +50,9 @@ METHODS: dict[str, dict[str, Make]] = {
         "DataInf": lambda o, p, s: datainf(p, s),
         "empirical Fisher": lambda o, p, s: woodbury(p, s),
         "EK-FAC": lambda o, p, s: ekfac(o, s),
+        "Gauss-Newton, block CG, 2 steps": lambda o, p, s: conjugate_gradient(
+            o, s, preconditioner=ekfac(o, s), steps=2
+        ),
         "Gauss-Newton, Lanczos, rank 14": lambda o, p, s: low_rank(p, s, rank=14),
         "Gauss-Newton, Lanczos, rank 32": lambda o, p, s: low_rank(p, s, rank=32),
     },

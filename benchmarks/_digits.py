@@ -7,6 +7,7 @@ target the digit. 64 -> 32 -> 32 -> 10, 3,466 parameters.
 from __future__ import annotations
 
 import gzip
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,7 @@ from dh_jax.influence.objective import Objective
 
 SIZES = (64, 32, 32, 10)
 TRAIN, QUERIES = 1200, 200
-RECIPE = Recipe(
-    40, 50, optax.chain(optax.add_decayed_weights(1e-3), optax.sgd(0.05, momentum=0.9))
-)
+RECIPE = Recipe(40, 50, optax.chain(optax.add_decayed_weights(1e-3), optax.sgd(0.05, momentum=0.9)))
 
 
 def digits() -> tuple[np.ndarray, np.ndarray]:
@@ -51,7 +50,7 @@ def as_batch(numbers: np.ndarray, labels: np.ndarray) -> Batch:
 def init(key: jax.Array, sizes: tuple[int, ...] = SIZES) -> dict[str, Any]:
     """As torch begins: uniformly within one over the root of the inputs."""
     out = {}
-    for i, (a, b) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for i, (a, b) in enumerate(itertools.pairwise(sizes)):
         key, k, bias = jax.random.split(key, 3)
         bound = a**-0.5
         out[str(i)] = {

@@ -1,4 +1,4 @@
-"""One task of a torch library in a process of its own: `... TASK REPEATS`; see `_influence_ours`."""
+"""One task of a torch library in a process of its own: `... TASK REPEATS`; as `_influence_ours`."""
 
 from __future__ import annotations
 
@@ -103,7 +103,9 @@ def curvlinops(operator: str) -> dict[str, Work]:
         matrix = make(*arguments, named, [(tokens, targets.flatten())], check_deterministic=False)
     except (TypeError, AttributeError):  # older releases take a list
         matrix = make(
-            *arguments, list(named.values()), [(tokens, targets.flatten())],
+            *arguments,
+            list(named.values()),
+            [(tokens, targets.flatten())],
             check_deterministic=False,
         )
     vectors = [torch.randn_like(p) for p in named.values()]
@@ -205,7 +207,8 @@ def datainf_loop() -> dict[str, Work]:
     def checked() -> None:
         got = np.load(FOLDER / "datainf-scores.npy")
         want = run().numpy()
-        np.save(FOLDER / "datainf-difference.npy", np.linalg.norm(got - want) / np.linalg.norm(want))
+        difference = np.linalg.norm(got - want) / np.linalg.norm(want)
+        np.save(FOLDER / "datainf-difference.npy", difference)
 
     checked()
     return {"scores": run}

@@ -1,6 +1,6 @@
 """Do scores tell the truth? Against retraining, beside trivial baselines and other libraries.
 
-    python -m benchmarks.attribution [--only digits,text,...] [--seeds 4] [--full]
+    python -m benchmarks.attribution [--only digits,text,...] [--seeds 20] [--text-seeds 2]
 
 Four tables: digits (linear datamodeling score of a perceptron), text (of a tiny decoder), one
 (leave-one-out of softmax regression) and labels (finding wrong labels with adapters). Retraining
@@ -11,6 +11,7 @@ is kept in ``.bench/attribution`` and not repeated. Libraries are looked for in
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,6 @@ def text(seeds: int) -> tuple[Truth, np.ndarray]:
             flat(_attribution_ours.load("text")).values(), flat(params).values(), strict=True
         )
     ):
-        import shutil
-
         shutil.rmtree(FOLDER / "text-hf", ignore_errors=True)
         save_pretrained(FOLDER / "text-hf", _text.CONFIG, params)
         save("text", params)
@@ -78,8 +77,9 @@ def text(seeds: int) -> tuple[Truth, np.ndarray]:
 
 def judge(setting: str, truth: Truth, losses_N: np.ndarray, only: str) -> None:
     seeds = len(truth.losses_SMK)
-    print(f"\n{setting}: {SUBSETS} half-subsets x {seeds} seeds; a perfect score would reach ", end="")
-    print(f"{ceiling(truth):.3f}\n\n| | LDS | CPU s | with compiling | MiB |")
+    print(f"\n{setting}: {SUBSETS} half-subsets x {seeds} seeds; ", end="")
+    print(f"a perfect score would reach {ceiling(truth):.3f}\n")
+    print("| | LDS | CPU s | with compiling | MiB |")
     print("| --- | ---: | ---: | ---: | ---: |", flush=True)
     K = truth.losses_SMK.shape[-1]
     value, error = lds(np.broadcast_to(-losses_N, (K, len(losses_N))), truth)
@@ -105,10 +105,8 @@ def judge(setting: str, truth: Truth, losses_N: np.ndarray, only: str) -> None:
 def row(method: str, truth: Truth, out: Path, seen: dict[str, Any]) -> None:
     value, error = lds(np.load(out), truth)
     first = f"{seen['cpu_compiling']:.1f}" if "cpu_compiling" in seen else ""
-    print(
-        f"| {method} | {value:.3f} ± {error:.3f} | {seen['cpu']:.2f} | {first} | {seen['mib']:.0f} |",
-        flush=True,
-    )
+    cost = f"{seen['cpu']:.2f} | {first} | {seen['mib']:.0f}"
+    print(f"| {method} | {value:.3f} ± {error:.3f} | {cost} |", flush=True)
 
 
 def main() -> None:

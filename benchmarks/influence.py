@@ -15,6 +15,7 @@ import statistics
 from pathlib import Path
 
 import numpy as np
+
 from benchmarks import _influence_setting as setting
 from benchmarks._measure import in_a_process
 

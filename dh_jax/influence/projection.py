@@ -49,9 +49,9 @@ class Kernel(NamedTuple):
 
 
 class Adam(NamedTuple):
-    """Adam's state at the checkpoint, as `optax.ScaleByAdamState` has it, and its constants."""
+    """Adam's state at the checkpoint (of `optax.ScaleByAdamState`, in its order), and constants."""
 
-    count: int | jax.Array  # steps taken
+    steps: int | jax.Array  # taken, optax's `count`
     mu: Params  # running mean of gradients, of the parameters' structure
     nu: Params  # running mean of their squares
     b1: float = 0.9
@@ -175,7 +175,7 @@ def projection(
 
 def _step(adam: Adam, mu: jax.Array, nu: jax.Array, gradients: jax.Array) -> jax.Array:
     """Adam's step (Kingma & Ba 2015), without its rate, were the document the next batch."""
-    count = jnp.asarray(adam.count + 1, gradients.dtype)
+    count = jnp.asarray(adam.steps + 1, gradients.dtype)
     mean = (adam.b1 * mu + (1 - adam.b1) * gradients) / (1 - adam.b1**count)
     square = (adam.b2 * nu + (1 - adam.b2) * jnp.square(gradients)) / (1 - adam.b2**count)
     return mean / (jnp.sqrt(square) + adam.eps)

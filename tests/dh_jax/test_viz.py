@@ -84,7 +84,7 @@ def test_labels_spread_apart_never_overlap_and_keep_their_order(
 
 def test_only_a_falling_start_is_cut_off() -> None:
     x = list(range(101))
-    falling = [9.0 - 0.05 * i for i in x]
+    falling = [9.0 * 0.9**i for i in x]
     rising = [float(i) for i in x]
     assert viz.settled([viz.Series("a", STYLE, [(x, falling)])]) == pytest.approx(falling[15])
     assert viz.settled([viz.Series("a", STYLE, [(x, rising)])]) is None

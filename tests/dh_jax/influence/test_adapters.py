@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
@@ -48,6 +47,7 @@ def problem():
     return loss, adapters, train, probe, slopes(train), slopes(probe)
 
 
+@pytest.mark.slow
 def test_datainf_and_the_damped_fisher_of_adapters_are_their_formulas():
     loss, adapters, train, probe, g, v = problem()
     dense_g, dense_v = (np.array([ravel_pytree(x)[0] for x in y], np.float64) for y in (g, v))
@@ -65,9 +65,9 @@ def test_datainf_and_the_damped_fisher_of_adapters_are_their_formulas():
     for leaves_g, leaves_v in zip(*(zip(*map(jax.tree.leaves, x)) for x in (g, v)), strict=True):  # noqa: B905
         G, V = (np.array([np.ravel(x) for x in y], np.float64) for y in (leaves_g, leaves_v))
         level = 0.1 * np.square(G).mean()
-        inverse = sum(
-            np.eye(G.shape[1]) - np.outer(x, x) / (level + x @ x) for x in G
-        ) / (N * level)
+        inverse = sum(np.eye(G.shape[1]) - np.outer(x, x) / (level + x @ x) for x in G) / (
+            N * level
+        )
         want -= V @ inverse @ G.T
     estimator = datainf(Objective(loss), SCOPE)
     state = estimator.fit(adapters, [train], KEY)
