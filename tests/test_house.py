@@ -60,9 +60,11 @@ FLOORS = {
     "dh_jax.train": 4,
     "dh_jax.viz": 4,
     "dh_jax.cli": 5,
+    "dh_jax.commands": 5,
     "dh_jax.compose": 5,
     "dh_jax.console": 5,
     "dh_jax.demo": 5,
+    "dh_jax.progress": 5,
     "dh_jax": 6,  # the face of the whole; nobody inside looks at it
     "dh_torch_bridge": 7,
     "hydra_plugins": 7,

@@ -2,9 +2,10 @@
 
 Shapes: K queries.
 
-Time counts forward passes over documents and products with the queries at the rate of a matrix
-product measured just now. Memory takes XLA's own account of the compiled scoring step and adds
-what is kept beside it. No document is read and no weight is loaded.
+Time counts forward passes over documents at the rate of a matrix product measured just now:
+between all of it, which large models reach, and two fifths. Memory takes XLA's own account of
+the compiled scoring step and adds what is kept beside it. No document is read and no weight is
+loaded.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ HUTCHINSON = 16  # products that set the solvers' damping
 
 
 class Price(NamedTuple):
-    """An estimate; bytes and seconds."""
+    """An estimate; bytes, and seconds at the full rate of a matrix product.
+
+    ``slowest`` times the seconds is what small models take.
+    """
 
     parameters: int
     coverage: float
@@ -43,6 +47,8 @@ class Price(NamedTuple):
     score_seconds: float
     bytes: int  # at the peak, of the process
     query_bytes: int  # of all prepared queries
+
+    slowest: float = 1 / MODEL_SHARE_OF_PEAK
 
     @property
     def seconds(self) -> float:
@@ -79,8 +85,7 @@ def price_influence(config: AttributionConfig) -> Price:
     # Two copies of the queries more while they are joined and finished, before any is scored.
     peak = max(temporary, weights + 3 * query_bytes) + _fitted_bytes(config, estimator.door, params)
     forward = decoder.flops_per_token(config.model, vocab_size, data.max_length) / 3
-    rate = MODEL_SHARE_OF_PEAK * matmul_rate()
-    document = forward * data.max_length / rate  # seconds of a forward pass over a full row
+    document = forward * data.max_length / matmul_rate()  # seconds, of a pass over a full row
     asked = config.queries
     texts = len(asked.texts)
     probes = len(asked.probes) or (0 if texts else len(data.probes or data.sources))

@@ -21,12 +21,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dh_jax.config import load_data_config
-from dh_jax.console import PrepareProgress, print_store
+from dh_jax.console import print_store
 from dh_jax.data.prepare import prepare
 from dh_jax.data.sources import document_id, split_of
 from dh_jax.data.tokenization import train_bpe
 from dh_jax.demo import corpora
 from dh_jax.errors import UserError
+from dh_jax.progress import PrepareProgress
 from dh_jax.report import write_report
 
 VOCABULARY = 4096

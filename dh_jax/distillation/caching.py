@@ -188,7 +188,7 @@ def _write_source(
         if not shard.ids:
             return
         starts = np.concatenate([[0], np.cumsum(shard.counts)]).astype(np.int64)
-        arrays = {
+        arrays: dict[str, Any] = {
             "ids": np.array(shard.ids, np.uint64),
             "offsets": np.array(shard.offsets, np.int64),
             "starts": starts,

@@ -17,7 +17,7 @@ from dh_jax.errors import DataError
 from dh_jax.report import finding, plots
 from dh_jax.report.runs import Run, ScoredDocument, find_runs, load_run
 from dh_jax.report.statistics import Summary, by_policy, config_differences
-from dh_jax.report.teaching import DISTILLED, is_distilled, last_of_each
+from dh_jax.report.teaching import DISTILLED, is_distilled, teaching
 
 HERE = Path(__file__).resolve().parent
 SHOWN_DOCUMENTS = 6  # at each end
@@ -100,7 +100,9 @@ def render(runs: Sequence[Run], summary: Summary, title: str | None = None) -> s
         phases=list(dict.fromkeys(p for c in summary.clock.values() for p in c.seconds)),
         scored=scored,
         excerpts=excerpts(scored),
-        taught=last_of_each(ordered),
+        taught=[
+            (run, points[-1]) for run in ordered if (points := teaching(run.folder, run.config))
+        ],
         config_differences=config_differences(ordered) if len(ordered) > 1 else {},
         versions=versions(ordered),
         commands=commands(ordered),

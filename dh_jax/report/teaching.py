@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from dh_jax.errors import DataError
-
-if TYPE_CHECKING:
-    from dh_jax.report.runs import Run
 
 DISTILLED = ", distilled"  # behind a policy's name, so that both kinds of runs compare
 
@@ -36,15 +34,15 @@ def is_distilled(config: Mapping[str, Any]) -> bool:
     return any(group.get(key) is not None for key in ("teacher", "cache"))
 
 
-def teaching(run: Run) -> tuple[TeachingPoint, ...]:
-    """The run's records of kind ``distillation``.
+def teaching(folder: Path, config: Mapping[str, Any]) -> tuple[TeachingPoint, ...]:
+    """A run's records of kind ``distillation``.
 
     Raises:
         DataError: a record lacks a number.
     """
-    if not is_distilled(run.config):
+    if not is_distilled(config):
         return ()
-    path = run.folder / "metrics.jsonl"
+    path = folder / "metrics.jsonl"
     points = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if '"kind": "distillation"' not in line:
@@ -55,9 +53,3 @@ def teaching(run: Run) -> tuple[TeachingPoint, ...]:
         except (ValueError, KeyError) as error:
             raise DataError(f"{path} line {number}: no record of a teacher ({error!r})") from error
     return tuple(points)
-
-
-def last_of_each(runs: Sequence[Run]) -> list[tuple[Run, TeachingPoint]]:
-    """The last point of every run that has one."""
-    found = [(run, teaching(run)) for run in runs]
-    return [(run, points[-1]) for run, points in found if points]
