@@ -66,7 +66,7 @@ def thinned(
     Returns:
         The queries, and (K,) the relative error of each: the norm of what was left out of all its
         tensors over the norm of the whole. A score is off by at most this times the score of a
-        document whose gradient lies along the query.
+        document whose gradient is as long and lies along the query.
 
     Raises:
         ConfigError: there are no kernels (gradients do not come by taps), or rank is below 1.
