@@ -96,8 +96,10 @@ def decide_next(
     step = int(state.step)
     moves, steps = recent.pop("reweight", ()), recent.get("train", ())
     if (record := decided.get(step)) is not None:
-        types = {"due": np.int32, "cost": np.float32, "spent": np.float32, "halvings": np.int32}
-        pace = Pace(**{name: kind(record[name]) for name, kind in types.items()})
+        pace = Pace(
+            np.int32(record["due"]), np.float32(record["cost"]), np.float32(record["spent"]),
+            np.int32(record["halvings"]),
+        )  # fmt: skip
         assert state.pace, "decide_next is for an optimizer with a budget"
         return state._replace(pace=placed_alike(state.pace, pace)), record
     seconds = from_first_host(

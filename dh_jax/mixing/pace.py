@@ -8,14 +8,15 @@ saved with the optimizer, and the log repeats it.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dh_jax.errors import ConfigError
 
-Scalar = jax.Array | np.generic
+Scalar = jax.Array | np.number[Any]
 
 
 class Budget(NamedTuple):
@@ -100,4 +101,4 @@ def next_pace(
 
 def placed_alike(old: Pace, new: Pace) -> Pace:
     """New values on the devices of the old ones, so that no step is compiled again."""
-    return Pace(*(was - was + now for was, now in zip(old, new, strict=True)))
+    return Pace(*(jnp.add(jnp.subtract(was, was), now) for was, now in zip(old, new, strict=True)))

@@ -147,7 +147,7 @@ def judge(losses_N: np.ndarray, model: regmix.Regression) -> Fit:
     level = all(rank.std() > 0 for rank in ranks)
     return Fit(
         losses_N.tolist(), model.left_out_N.tolist(), model.error, float(losses_N.std()),
-        float(np.corrcoef(*ranks)[0, 1]) if level else 0.0,
+        float(np.corrcoef(np.stack(ranks))[0, 1]) if level else 0.0,
     )  # fmt: skip
 
 

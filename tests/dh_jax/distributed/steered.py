@@ -48,7 +48,7 @@ def main(job: Path) -> None:
             stop_at = None
             training.train(dataclasses.replace(config, resume=True))
         found[name] = list(trail)
-    (job.parent / f"weights-{jax.process_index()}.json").write_text(json.dumps(found))
+        (job.parent / f"weights-{jax.process_index()}.json").write_text(json.dumps(found))
     leave(0, together=True)
 
 

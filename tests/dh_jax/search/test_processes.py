@@ -55,6 +55,7 @@ def test_a_killed_search_goes_on_and_dh_train_takes_what_it_finds(
             break
         time.sleep(0.1)
     assert not [pid for pid in workers if alive(pid)]
+    first.communicate(timeout=60)  # closes its pipe
     kept = {path: path.stat().st_mtime_ns for path in out.glob("results/*.json")}
     assert len(kept) < 6
 
