@@ -21,7 +21,7 @@ help:
 	@echo 'make slow    the tests that take minutes'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make bench   the benchmarks, one after another'
-	@echo 'make bench-mixing  the policies on worlds whose best mixture is known'
+	@echo 'make bench-mixing  the policies where the best mixture is known, and on text'
 	@echo 'make clean   remove .venv, caches and built distributions; runs/ stays'
 
 demo: $(DEMO)
@@ -43,6 +43,7 @@ bench: $(DEV)
 
 bench-mixing: $(DEV)
 	$(BIN)/python -m benchmarks.mixing
+	$(BIN)/python -m benchmarks.mixing_text
 
 clean:
 	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

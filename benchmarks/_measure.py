@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -31,6 +32,17 @@ def peak_mib() -> float:
     return max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) / 1024
 
 
+def resident_mib() -> float:
+    """Resident set of this process now, MiB."""
+    return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) / 1024
+
+
+def pin() -> None:
+    """One core for this process, before it starts threads: what they all do is then one thread's
+    work."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+
 def clock(work: Callable[[], int]) -> dict[str, float]:
     """Run ``work``, which returns tokens; children must have ended when it returns."""
     start, wall = cpu_seconds(), time.perf_counter()
@@ -43,12 +55,22 @@ def clock(work: Callable[[], int]) -> dict[str, float]:
     }
 
 
-def in_a_process(script: Path, arguments: Iterable[str], python: str = sys.executable) -> Any:
-    """The last line that a script prints, read as JSON."""
+def in_a_process(
+    script: Path, arguments: Iterable[str], python: str = sys.executable, path: Iterable[str] = ()
+) -> Any:
+    """The last line that a script prints, read as JSON.
+
+    Args:
+        script: file to run.
+        arguments: for it.
+        python: interpreter.
+        path: folders of packages to go before everybody else's.
+    """
+    places = ":".join([*path, str(ROOT)])
     done = subprocess.run(
         [python, str(script), *arguments],
         cwd=ROOT,
-        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(Path.home())},
+        env={"PYTHONPATH": places, "PATH": "/usr/bin:/bin", "HOME": str(Path.home())},
         capture_output=True,
         text=True,
         check=False,

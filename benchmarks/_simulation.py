@@ -20,17 +20,17 @@ from dh_jax.influence.gradients import mean_gradient, select
 from dh_jax.mixing.policy import Observation, Policy
 
 BATCH = 32  # rows
-SOURCE_ROWS, SAMPLED_PROBE_ROWS = 4, 16  # looked at when influence or alignment is measured
-SETTINGS = datainf.Settings(chunk=M * SOURCE_ROWS)
 
 Params = dict[str, jax.Array]
 
 
 class Contender(NamedTuple):
-    """A policy and how often it moves."""
+    """A policy, how often it moves, and how many rows it looks at if it asks for gradients."""
 
     policy: Policy
     interval: int = 20
+    rows: int = 4  # of each source
+    probe_rows: int = 16
 
 
 class Outcome(NamedTuple):
@@ -46,7 +46,7 @@ def simulate(
     key: jax.Array,
 ) -> Outcome:  # fmt: skip
     """Train on the mixture that the policy makes, from its first weights on."""
-    policy, interval = contender
+    policy, interval = contender.policy, contender.interval
     optimizer = optax.adam(optax.cosine_decay_schedule(2e-2, steps, alpha=0.05))
     params = init_params(jax.random.fold_in(key, 0))
     weights_M = policy.start(start_M)
@@ -79,7 +79,7 @@ def simulate(
             train_step, first, n * interval + jnp.arange(interval)
         )
         seen = observe(
-            policy.needs, params, weights_M, (n + 1) * interval, sums, reference_M,
+            contender, params, weights_M, (n + 1) * interval, sums, reference_M,
             rows_of, data.probe_PNT[phase], jax.random.fold_in(key, -n - 1),
         )  # fmt: skip
         weights_M, policy_state = policy.update(seen, policy_state)
@@ -97,28 +97,30 @@ def simulate(
     return Outcome(jnp.stack(losses), source_M, jnp.concatenate(trail))
 
 
-def observe(needs, params, weights_M, step, sums, reference_M, rows_of, probe_NT, key):
+def observe(contender, params, weights_M, step, sums, reference_M, rows_of, probe_NT, key):
     """What a policy asks for, measured by the library on sampled rows; nothing else is compiled."""
+    needs, count = contender.policy.needs, contender.rows
+    settings = datainf.Settings(chunk=M * count)
     nats_M, targets_M = sums
     seen = {
         "loss_M": nats_M / targets_M.clip(min=1) - reference_M,
         "tokens_M": targets_M,
     }
     pick, draw_key = jax.random.split(key)
-    chosen = jax.random.choice(pick, len(probe_NT), (SAMPLED_PROBE_ROWS,), replace=False)
+    chosen = jax.random.choice(pick, len(probe_NT), (contender.probe_rows,), replace=False)
     probe = as_batch(probe_NT[chosen])
-    rows = as_batch(rows_of(jnp.repeat(jnp.arange(M), SOURCE_ROWS), draw_key))
+    rows = as_batch(rows_of(jnp.repeat(jnp.arange(M), count), draw_key))
     if "influence_M" in needs:
-        fitted = datainf.fit(loss_fn, SETTINGS, params, rows, key)
-        v = datainf.probe_gradient(loss_fn, SETTINGS, params, probe, key)
-        q = datainf.precondition(loss_fn, SETTINGS, fitted, v)
-        scores_B = datainf.score_fitted(loss_fn, SETTINGS, fitted, q)
-        seen["influence_M"] = scores_B.reshape(M, SOURCE_ROWS).mean(axis=1)
+        fitted = datainf.fit(loss_fn, settings, params, rows, key)
+        v = datainf.probe_gradient(loss_fn, settings, params, probe, key)
+        q = datainf.precondition(loss_fn, settings, fitted, v)
+        scores_B = datainf.score_fitted(loss_fn, settings, fitted, q)
+        seen["influence_M"] = scores_B.reshape(M, count).mean(axis=1)
     if "alignment_M" in needs:
         selection = select(params)
-        v = mean_gradient(loss_fn, selection, probe, key, SAMPLED_PROBE_ROWS)
-        groups = jax.tree.map(lambda x: x.reshape(M, SOURCE_ROWS, *x.shape[1:]), rows)
-        g = jax.vmap(lambda b: mean_gradient(loss_fn, selection, b, key, SOURCE_ROWS))(groups)
+        v = mean_gradient(loss_fn, selection, probe, key, contender.probe_rows)
+        groups = jax.tree.map(lambda x: x.reshape(M, count, *x.shape[1:]), rows)
+        g = jax.vmap(lambda b: mean_gradient(loss_fn, selection, b, key, count))(groups)
         dots = [jnp.tensordot(g[path], v[path], v[path].ndim) for path in v]
         seen["alignment_M"] = sum(dots)
         squares = [jnp.square(x).sum(axis=tuple(range(1, x.ndim))) for x in g.values()]

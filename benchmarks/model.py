@@ -41,7 +41,7 @@ def write_task(folder: Path, shape: str, rows: int, length: int, steps: int) -> 
     from dh_jax.config import ModelConfig, TrainingConfig, config_folder, typed
     from dh_jax.models.decoder import build
     from dh_jax.models.pretrained import save_pretrained
-    from dh_jax.train import make_schedule
+    from dh_jax.step import make_schedule
 
     name, vocab_size, *_ = SHAPES[shape]
     config = typed(ModelConfig, OmegaConf.load(config_folder() / "model" / f"{name}.yaml"))
@@ -95,7 +95,7 @@ def ours(folder: Path) -> dict[str, Any]:
     from dh_jax.mixing.policy import uniform
     from dh_jax.models.decoder import loss_fn
     from dh_jax.models.pretrained import load_pretrained
-    from dh_jax.train import make_optimizer, make_step
+    from dh_jax.step import make_optimizer, make_step
 
     task = np.load(folder / "task.npz")
     model = load_pretrained(folder / "model")

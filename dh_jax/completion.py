@@ -11,7 +11,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -137,7 +137,7 @@ def _adds_bos(folder: Path) -> bool:
     return bool(_object(folder / "tokenizer_config.json").get("add_bos_token", False))
 
 
-def _object(path: Path) -> dict[str, object]:
+def _object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:

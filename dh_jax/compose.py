@@ -14,6 +14,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dh_jax.attribution.config import AttributionConfig
 from dh_jax.config import (
     ConfigError,
     RunConfig,
@@ -24,8 +25,9 @@ from dh_jax.config import (
     suggest,
     validate_data,
 )
+from dh_jax.search.config import SearchRunConfig
 
-AnyRun = TypeVar("AnyRun", RunConfig, TorchRunConfig)
+AnyRun = TypeVar("AnyRun", RunConfig, TorchRunConfig, AttributionConfig, SearchRunConfig)
 
 
 def compose_run(overrides: Sequence[str] = ()) -> RunConfig:
@@ -33,11 +35,16 @@ def compose_run(overrides: Sequence[str] = ()) -> RunConfig:
     return compose("train", RunConfig, overrides)
 
 
+def compose_search(overrides: Sequence[str] = ()) -> SearchRunConfig:
+    """The search of `dh mix`; see `compose`."""
+    return compose("mix", SearchRunConfig, overrides)
+
+
 def compose(root: str, schema: type[AnyRun], overrides: Sequence[str] = ()) -> AnyRun:
     """The run that ``configs/{root}.yaml`` and the overrides describe, typed and checked.
 
     Args:
-        root: ``train`` (JAX) or ``torch_train`` (the bridge's reference trainer).
+        root: ``train`` (JAX), ``torch_train`` (the bridge's reference trainer) or ``mix``.
         schema: what it must fit.
         overrides: in Hydra's grammar, e.g. ``["data=demo", "training.steps=100"]``. A group also
             takes a file of one's own: ``data=my/mixture.yaml``.
@@ -63,7 +70,10 @@ def compose(root: str, schema: type[AnyRun], overrides: Sequence[str] = ()) -> A
 
 # Mappings whose keys are the user's own names. Hydra would refuse a new name as a misspelling,
 # and would merge `influence.targets={a: 1}` into the targets of a YAML file; here it replaces them.
-OPEN = ("data.sources", "data.probes", "influence.targets")
+OPEN = (
+    "data.sources", "data.probes", "influence.targets", "estimator.arguments",
+    "mixing.bounds", "mixing.sizes", "mixing.reference",
+)  # fmt: skip
 
 
 def _opened(override: str) -> str:

@@ -54,6 +54,7 @@ from dh_jax.schema import (
     RunConfig,
     SourceConfig,
     SplitConfig,
+    StageConfig,
     TextConfig,
     TorchRunConfig,
     TrainingConfig,
@@ -86,6 +87,7 @@ __all__ = [
     "RunConfig",
     "SourceConfig",
     "SplitConfig",
+    "StageConfig",
     "TextConfig",
     "TorchRunConfig",
     "TrainingConfig",
@@ -95,6 +97,7 @@ __all__ = [
     "find_yaml",
     "list_configs",
     "load_data_config",
+    "one_of",
     "public_run",
     "public_spec",
     "source_config",
@@ -218,6 +221,11 @@ def source_config(name: str, raw: Any) -> SourceConfig:
     if not isinstance(raw, Mapping):
         raise ConfigError(f"source {name!r}: expected a mapping with a 'kind', got {raw!r}")
     kind = raw.get("kind")
+    if kind is None:
+        raise ConfigError(
+            f"source {name!r} has no kind; known kinds: {', '.join(SOURCE_KINDS)} "
+            "(or is its name misspelt?)"
+        )
     if kind not in SOURCE_KINDS:
         raise ConfigError(
             f"source {name!r}: kind {kind!r}{suggest(str(kind), list(SOURCE_KINDS))}; "

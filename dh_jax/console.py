@@ -4,131 +4,57 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
+from dh_jax.attribution.price import Price as InfluencePrice
 from dh_jax.config import SPLITS
-from dh_jax.data import prepare
 from dh_jax.data.store import TokenStore
 from dh_jax.pricing import Price
+from dh_jax.search.find import Finding
 
 if TYPE_CHECKING:
     from dh_jax.completion import Written
 
 
-class TrainProgress:
-    """A progress bar that is a listener of metrics records: loss, tokens/s, weights."""
+def print_influence_price(price: InfluencePrice, console: Console) -> None:
+    """A dry run's estimate of `dh influence`."""
+    table = Table("step", title="what the run takes")
+    table.add_column("minutes, from", justify="right")
+    table.add_column("to", justify="right")
+    for name, seconds in (
+        ("fitting", price.fit_seconds),
+        ("queries", price.query_seconds),
+        ("scoring", price.score_seconds),
+        ("all", price.seconds),
+    ):
+        table.add_row(name, f"{seconds / 60:,.1f}", f"{price.slowest * seconds / 60:,.1f}")
+    console.print(table)
+    console.print(f"parameters {price.parameters:,}, {price.coverage:.0%} of them looked at")
+    console.print(
+        f"memory about {price.bytes / 2**30:.1f} GiB at the peak; "
+        f"{price.queries} queries take {price.query_bytes / 2**30:.2f} GiB"
+    )
 
-    def __init__(self, steps: int, console: Console):
-        self._console = console
-        self._bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
+
+def print_finding(finding: Finding, console: Console) -> None:
+    """Configured weights and those found, and what a fit is worth."""
+    table = Table("source", title=f"weights found by {finding.method}")
+    for column in ("configured", "found"):
+        table.add_column(column, justify="right")
+    for name, weight in finding.weights.items():
+        table.add_row(name, f"{finding.configured[name]:.3f}", f"{weight:.3f}")
+    console.print(table)
+    if (fit := finding.fit) is not None:
+        console.print(
+            f"leave-one-out error {fit.error:.3f} nats a token ({fit.spread:.3f} by their mean), "
+            f"rank correlation {fit.rank_correlation:.2f}"
         )
-        self._task = self._bar.add_task("compiling", total=steps)
-        self._last: tuple[float, int] | None = None
-        self._rate = 0.0
-
-    def __call__(self, record: dict[str, Any]) -> None:
-        if record["kind"] == "train":
-            now = time.perf_counter(), record["tokens"]
-            if self._last and now[0] > self._last[0]:
-                rate = (now[1] - self._last[1]) / (now[0] - self._last[0])
-                self._rate = rate if not self._rate else 0.9 * self._rate + 0.1 * rate
-            self._last = now
-            self._bar.update(
-                self._task,
-                completed=record["step"],
-                description=f"loss {record['loss']:.3f}  {self._rate:,.0f} tok/s",
-            )
-        elif record["kind"] == "eval":
-            losses = "  ".join(
-                f"{name} {figures['bits_per_byte']:.3f}"
-                for name, figures in record["domains"].items()
-            )
-            self._console.print(f"step {record['step']:>6}  bits/byte  {losses}", highlight=False)
-        elif record["kind"] == "distillation":
-            said = "  ".join(f"{k} {record[k]:.3f}" for k in ("divergence", "agreement"))
-            self._console.print(f"step {record['step']:>6}  teacher    {said}", highlight=False)
-        elif record["kind"] == "reweight":
-            weights = "  ".join(f"{name} {w:.3f}" for name, w in record["weights"].items())
-            self._console.print(f"step {record['step']:>6}  weights    {weights}", highlight=False)
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bar.stop()
-
-
-class PrepareProgress:
-    """Pieces, documents and tokens a second, what was dropped, and the time left, while a store
-    is written."""
-
-    STEPS: ClassVar = {"map": "reading", "decide": "comparing", "write": "writing"}
-
-    def __init__(self, console: Console):
-        self._bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        self._task = self._bar.add_task("reading", total=None)
-        self._step = "map"
-        self._start = time.perf_counter()
-
-    def __call__(self, progress: prepare.Progress) -> None:
-        if progress.step != self._step:  # a step's pace says nothing about the next one's
-            self._step = progress.step
-            self._bar.reset(self._task)
-        pace = ""
-        if progress.step == "map":
-            seconds = max(time.perf_counter() - self._start, 1e-9)
-            pace = (
-                f" ({progress.documents / seconds:,.0f}/s), {progress.tokens:,} tokens "
-                f"({progress.tokens / seconds:,.0f}/s)"
-            )
-        self._bar.update(
-            self._task,
-            completed=progress.done,
-            total=progress.total,
-            description=f"{self.STEPS[progress.step]}: {progress.documents:,} documents{pace}, "
-            f"{progress.dropped:,} dropped",
-        )
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+    for name, loss in (finding.measured or {}).items():
+        said = f", predicted {finding.predicted[name]:.3f}" if finding.predicted else ""
+        console.print(f"loss with the weights {name}: {loss:.3f} nats a token{said}")
 
 
 def print_store(store: TokenStore, console: Console) -> None:

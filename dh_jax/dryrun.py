@@ -23,7 +23,7 @@ from dh_jax.distributed.placement import AnyMesh, check_heads, on_mesh, placed_s
 from dh_jax.influence.optimizer import InfluenceAwareOptimizer
 from dh_jax.mixing.policy import uniform
 from dh_jax.models.start import abstract_start
-from dh_jax.train import make_optimizer, make_step
+from dh_jax.step import make_optimizer, make_step
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f64": 8, "s64": 8, "u64": 8}  # else 4

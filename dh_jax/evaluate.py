@@ -40,6 +40,7 @@ def make_evaluation(
     *,
     rows: int,
     batch_size: int,
+    split: str = "eval",
 ) -> Evaluate:
     """Read each source's evaluation rows once and return a function that judges parameters.
 
@@ -48,6 +49,7 @@ def make_evaluation(
             (not the training seed), so that all runs of a config are judged on the same rows.
         rows: the most rows a domain; fewer if its split has fewer.
         batch_size: rows evaluated at once.
+        split: ``eval``, or ``probe`` for the config's probes.
 
     Returns:
         ``params -> {domain: {"loss", "bits_per_byte", "targets"}}``; loss in nats a target.
@@ -56,9 +58,9 @@ def make_evaluation(
         # Every process reads all rows and places its part: streams end together.
         name: [
             to_device(batch, mesh, whole=True)
-            for batch in _rows(config, tokenizer, name, rows, batch_size)
+            for batch in _rows(config, tokenizer, name, rows, batch_size, split)
         ]
-        for name in config.sources
+        for name in (config.sources if split == "eval" else config.probes or config.sources)
     }
     token_bytes_V = jnp.asarray(tokenizer.token_bytes_V)
 
@@ -83,13 +85,18 @@ def make_evaluation(
 
 
 def _rows(
-    config: DataConfig, tokenizer: TokenizerWrapper, source: str, rows: int, batch_size: int
+    config: DataConfig,
+    tokenizer: TokenizerWrapper,
+    source: str,
+    rows: int,
+    batch_size: int,
+    split: str,
 ) -> list[Batch]:
     with get_loader(
         config,
         tokenizer=tokenizer,
         batch_size=batch_size,
-        split="eval",
+        split=split,
         sources=[source],
         shuffle=True,
         prefetch=0,

@@ -75,7 +75,7 @@ def price_run(config: RunConfig) -> Price:
         decoder.count_parameters(as_argument(model.loss_fn)),
         _step_bytes(config, vocab_size),
         flops_per_step,
-        training.steps * flops_per_step / (MODEL_SHARE_OF_PEAK * _matmul_rate()),
+        training.steps * flops_per_step / (MODEL_SHARE_OF_PEAK * matmul_rate()),
     )
 
 
@@ -92,7 +92,7 @@ def _step_bytes(config: RunConfig, vocab_size: int) -> int:
     return step_bytes(step.lower(*arguments).compile())
 
 
-def _matmul_rate(size: int = 1024, seconds: float = 0.3) -> float:
+def matmul_rate(size: int = 1024, seconds: float = 0.3) -> float:
     """FLOP/s of a float32 matrix product on the default device."""
     square = jnp.ones((size, size), jnp.float32)
     product = jax.jit(jnp.matmul)

@@ -18,6 +18,7 @@ from dh_jax.config import (
     TorchRunConfig,
     TrainingConfig,
     load_data_config,
+    one_of,
     public_run,
     typed,
 )
@@ -30,6 +31,7 @@ from dh_jax.errors import ConfigError, DataError, StateError
 MAY_CHANGE = {  # config keys that may differ between a run and its resumption
     "out", "resume", "data.prefetch", "training.keep", "training.checkpoint_interval",
     "training.log_interval", "training.tensorboard", "training.wandb", "training.keep_every",
+    "search.processes",
     *(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig)),
 }  # fmt: skip
 
@@ -50,6 +52,7 @@ def check_training(training: TrainingConfig) -> None:
     ):  # fmt: skip
         if value < least:
             raise ConfigError(f"training.{label} is {value}; the least is {least}")
+    one_of("training.eval_split", t.eval_split, ("eval", "probe"))
 
 
 def save_config(folder: Path, config: RunConfig | TorchRunConfig) -> None:

@@ -2,7 +2,9 @@
 
 Metrics hold nothing that differs between two runs of the same config on the same machine, so
 a resumed run can be compared with an uninterrupted one byte by byte; wall-clock times have a
-file of their own. Records are JSON objects, one a line, each with its ``step``.
+file of their own. The one exception is what a budget decides by the clock (``pace`` records);
+a resumption takes those from the log (`later`) instead of deciding anew. Records are JSON
+objects, one a line, each with its ``step``.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +20,7 @@ from typing import Any
 
 Record = dict[str, Any]
 Listener = Callable[[Record], None]
+RECENT = 200  # timings of each phase that are kept at hand
 
 
 class RunLog:
@@ -39,6 +43,7 @@ class RunLog:
             for path in paths:
                 cut_back(path, -1 if step is None else step)
         self._metrics, self._timing = (path.open("a", buffering=1) for path in paths)
+        self.recent: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
 
     def write(self, record: Record) -> None:
         self._metrics.write(json.dumps(record) + "\n")
@@ -51,11 +56,22 @@ class RunLog:
         start = time.perf_counter()
         yield
         seconds = round(time.perf_counter() - start, 6)
+        self.recent[phase].append(seconds)
         self._timing.write(json.dumps({"step": step, "phase": phase, "seconds": seconds}) + "\n")
 
     def close(self) -> None:
         self._metrics.close()
         self._timing.close()
+
+
+def later(folder: Path, step: int, kind: str) -> list[Record]:
+    """Whole records of one kind behind ``step``: what `RunLog` is about to cut off."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [x for x in records if x["kind"] == kind and x["step"] > step]
 
 
 def cut_back(path: Path, step: int) -> None:

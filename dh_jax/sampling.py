@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from dh_jax.batch import Batch
@@ -17,7 +18,7 @@ from dh_jax.config import DataConfig, InfluenceConfig
 from dh_jax.data.loader import Loader, get_loader
 from dh_jax.data.seeding import derive
 from dh_jax.data.tokenization import TokenizerWrapper
-from dh_jax.distributed.mesh import to_device
+from dh_jax.distributed.mesh import row_ways, to_device
 from dh_jax.influence.optimizer import resolve_targets
 
 
@@ -40,6 +41,8 @@ class Samplers:
         seed: int,
     ):
         self._mesh = mesh
+        most = max(influence.rows_per_source, influence.probe_rows) // row_ways(mesh)
+        self.halvings = max(most, 1).bit_length() - 1  # how often samples can be halved
         probes = list(config.probes or config.sources)
         self.targets = resolve_targets(influence.targets, probes)
 
@@ -64,13 +67,25 @@ class Samplers:
         for name in self.targets:
             self._loaders["probe", name] = open_loader(name, "probe", influence.probe_rows)
 
-    def draw(self, split: str) -> dict[str, Batch]:
-        """The next sample of every source (``train``) or of every target (``probe``)."""
+    def draw(self, split: str, halvings: int = 0) -> dict[str, Batch]:
+        """The next sample of every source (``train``) or of every target (``probe``).
+
+        With ``halvings`` only the first rows of it, as many as the mesh can split.
+        """
         return {
-            name: to_device(next(loader), self._mesh, whole=True)
+            name: to_device(self._part(next(loader), halvings), self._mesh, whole=True)
             for (kind, name), loader in self._loaders.items()
             if kind == split
         }
+
+    def _part(self, batch: Batch, halvings: int) -> Batch:
+        if not halvings:
+            return batch
+        ways = row_ways(self._mesh)
+        rows = max(len(batch.tokens_BT) >> halvings, 1)
+        rows = -(-rows // ways) * ways
+        part: Batch = jax.tree.map(lambda x: x[:rows], batch)
+        return part
 
     def loader(self, split: str, name: str) -> Loader:
         return self._loaders[split, name]

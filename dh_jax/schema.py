@@ -309,7 +309,9 @@ class MixingConfig:
     """
 
     policy: str = "static"
-    interval: int = 20  # steps between two moves
+    interval: int = 20  # steps between two moves; with a budget the least
+    budget: float | None = None  # share of training's time for moves, sets their number; e.g. 0.05
+    longest: int | None = None  # steps between moves beyond which it halves samples; 10 intervals
     warmup: int = 0  # steps before the first move
     freeze: int | None = None  # step from which the weights stay as they are
     learning_rate: float = 0.5  # log-weight (influence, alignment, doge, doremi, aioli)
@@ -357,6 +359,7 @@ class TrainingConfig:
     clip_norm: float = 1.0
     eval_interval: int = 50
     eval_rows: int = 64  # rows a domain
+    eval_split: str = "eval"  # or probe: what a search judges by, so that eval stays unseen
     checkpoint_interval: int = 50
     keep: int = 2  # checkpoints kept, the newest
     keep_every: int | None = None  # and those of steps that are a multiple of this

@@ -1,4 +1,4 @@
-"""Training: one jitted step, and the loop that feeds, steers, judges, logs and saves it.
+"""Training: the loop that feeds the step, steers, judges, logs and saves.
 
 A run is a pure function of its config. Everything that changes while it goes on (parameters,
 optimizer and policy, position of every loader) is in the checkpoint, so a run that was killed
@@ -15,16 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dh_jax import distilling, trackers
-from dh_jax.batch import Batch
 from dh_jax.config import (
     RunConfig,
-    TrainingConfig,
     load_data_config,
     public_run,
     weights_of,
@@ -32,7 +28,7 @@ from dh_jax.config import (
 from dh_jax.data.loader import Loader
 from dh_jax.data.store import write_json
 from dh_jax.data.tokenization import TokenizerWrapper
-from dh_jax.distributed.agreement import any_host, wait_for_all
+from dh_jax.distributed.agreement import any_host, gather, wait_for_all
 from dh_jax.distributed.checkpoint import Checkpoints
 from dh_jax.distributed.mesh import (
     loader_shard,
@@ -44,10 +40,10 @@ from dh_jax.distributed.placement import check_heads, on_mesh, param_shardings, 
 from dh_jax.distributed.processes import join
 from dh_jax.errors import ConfigError, DataError
 from dh_jax.evaluate import make_evaluation
-from dh_jax.functions import LossFn, Params, as_argument, masked_mean
+from dh_jax.functions import LossFn, Params, as_argument
 from dh_jax.influence.calculator import DataInfCalculator
 from dh_jax.influence.optimizer import InfluenceAwareOptimizer, InfluenceState
-from dh_jax.metrics import StepMetrics, train_record
+from dh_jax.metrics import train_record
 from dh_jax.mixing.policy import SAMPLED
 from dh_jax.mixing.registry import SIZED, make_policy
 from dh_jax.models import decoder
@@ -62,72 +58,12 @@ from dh_jax.runconfig import (
     source_tokens,
     training_loader,
 )
-from dh_jax.runlog import Listener, RunLog
+from dh_jax.runlog import Listener, Record, RunLog, later
 from dh_jax.runstate import restore_run, save_run
 from dh_jax.sampling import Samplers
 from dh_jax.signals import stop_signals
-from dh_jax.steering import by_source, move_weights
-
-# (params, state, batch, key) -> (params, state, metrics); the loss is bound as its first argument.
-TrainStep = partial[tuple[Params, InfluenceState, StepMetrics]]
-
-
-def make_step(
-    loss_fn: LossFn,
-    optimizer: InfluenceAwareOptimizer,
-    source_count: int,
-    shardings: tuple[Any, Any, NamedSharding] | None = None,
-) -> TrainStep:
-    """One optimizer step, jitted; parameters and optimizer state are donated.
-
-    ``shardings`` are those of parameters, state and metrics behind the step; None leaves them to
-    XLA.
-    """
-
-    def step(
-        loss_fn: LossFn, params: Params, state: InfluenceState, batch: Batch, key: jax.Array
-    ) -> tuple[Params, InfluenceState, StepMetrics]:
-        def objective(params: Params) -> tuple[jax.Array, jax.Array]:
-            loss_BT = loss_fn(params, batch, key)
-            return masked_mean(loss_BT, batch.loss_mask_BT), loss_BT
-
-        (loss, loss_BT), grads = jax.value_and_grad(objective, has_aux=True)(params)
-        updates, state = optimizer.update(grads, state, params)
-        of_source_MB = jax.nn.one_hot(batch.source_ids_B, source_count, axis=0)
-        targets_M = of_source_MB @ batch.loss_mask_BT.sum(1).astype(jnp.float32)
-        loss_M = of_source_MB @ loss_BT.sum(1) / targets_M.clip(min=1)
-        metrics = StepMetrics(loss, optax.tree.norm(grads), loss_M, targets_M)
-        state = optimizer.observe(state, loss_M, targets_M)
-        return optax.apply_updates(params, updates), state, metrics
-
-    return partial(
-        jax.jit(step, donate_argnums=(1, 2), out_shardings=shardings), as_argument(loss_fn)
-    )
-
-
-def make_schedule(training: TrainingConfig) -> optax.Schedule:
-    """Linear warm-up to the peak, then a cosine down to the final fraction of it."""
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=training.learning_rate,
-        warmup_steps=training.warmup,
-        decay_steps=max(training.steps, training.warmup + 1),
-        end_value=training.learning_rate * training.final_learning_rate,
-    )
-
-
-def make_optimizer(training: TrainingConfig) -> optax.GradientTransformation:
-    """AdamW with gradient clipping; weight decay acts on matrices alone."""
-    return optax.chain(
-        optax.clip_by_global_norm(training.clip_norm),
-        optax.adamw(
-            make_schedule(training),
-            b1=training.b1,
-            b2=training.b2,
-            weight_decay=training.weight_decay,
-            mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
-        ),
-    )
+from dh_jax.steering import by_source, decide_next, move_weights
+from dh_jax.step import make_optimizer, make_schedule, make_step
 
 
 class Run(NamedTuple):
@@ -196,6 +132,9 @@ def open_run(config: RunConfig, closing: ExitStack) -> Run:
         warmup=config.mixing.warmup,
         probe_names=list(data.probes or data.sources),
         targets=config.influence.targets,
+        budget=config.mixing.budget,
+        longest=config.mixing.longest,
+        halvings=samplers.halvings if samplers else 0,
     )
     # Placed as the step returns it, so that the second step finds the first one's executable.
     shardings = param_shardings(jax.eval_shape(optimizer.init, params), mesh)
@@ -263,10 +202,11 @@ def train(
         if config.training.wandb and first:
             client = trackers.wandb(folder, public_run(config))
             listeners += (closing.enter_context(client),)
+        decided = {x["step"]: x for x in gather(later(folder, step or 0, "pace"))[0]}
         log = RunLog(folder if first else None, step=step, listeners=listeners)
         closing.callback(log.close)
         facts = describe(run) | {"command": command}
-        return _loop(run, step or 0, checkpoints, log, folder, facts)
+        return _loop(run, step or 0, checkpoints, log, folder, facts, decided)
 
 
 def _loop(
@@ -276,6 +216,7 @@ def _loop(
     log: RunLog,
     folder: Path,
     facts: dict[str, Any],
+    decided: dict[int, Record],
 ) -> dict[str, Any]:
     config, training = run.config, run.config.training
     loader, samplers, optimizer = run.loader, run.samplers, run.optimizer
@@ -287,7 +228,7 @@ def _loop(
     schedule = make_schedule(training)
     evaluate = make_evaluation(
         config.data, run.tokenizer, run.loss_fn, run.mesh,
-        rows=training.eval_rows, batch_size=training.batch_size,
+        rows=training.eval_rows, batch_size=training.batch_size, split=training.eval_split,
     )  # fmt: skip
     compiled: set[str] = set()
 
@@ -334,7 +275,7 @@ def _loop(
             if run.distilled and (step % training.eval_interval == 0 or step == training.steps):
                 with phase("distillation", step):
                     log.write(run.distilled.record(step, params, batch))
-            if optimizer.due(step):
+            if optimizer.due(step, state):
                 try:
                     with phase("reweight", step):
                         state, record = move_weights(
@@ -342,12 +283,19 @@ def _loop(
                             keep=config.mixing.on_failure == "keep",
                         )  # fmt: skip
                 except DataError as error:
+                    state = optimizer.spent(state, np.nan, np.nan)  # not at the next step again
                     arrays = _arrays(params, state, run.key)
                     save_run(checkpoints, step, arrays, loader, samplers, run.mesh)
                     checkpoints.wait()
                     raise DataError(f"{error} (step {step} is saved)") from error
                 if record is not None:
                     log.write(record)
+                if optimizer.budget is not None:
+                    halvings = optimizer.halvings(state)
+                    state, record = decide_next(optimizer, state, log.recent, decided)
+                    log.write(record)
+                    if optimizer.halvings(state) > halvings:
+                        compiled.discard("reweight")  # other shapes
             last = step == training.steps
             if step % training.eval_interval == 0 or last:
                 judge(step)

@@ -92,6 +92,12 @@ def _begin(job: Job, stop: Connection) -> None:
     _job = job
     _one_thread()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which says stop
+    leave_with_parent(stop)
+
+
+def leave_with_parent(stop: Connection) -> None:
+    """Let this worker end as soon as its parent closes the other end of ``stop`` or is no more:
+    even SIGKILL leaves no orphan."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     watched = [stop, parent.sentinel]
@@ -99,7 +105,6 @@ def _begin(job: Job, stop: Connection) -> None:
 
 
 def _leave(watched: list[Any]) -> None:
-    """Leave when the parent says so or is no more: even SIGKILL leaves no orphan."""
     wait(watched)
     os._exit(1)
 

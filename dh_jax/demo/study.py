@@ -21,12 +21,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dh_jax.config import load_data_config
-from dh_jax.console import PrepareProgress, print_store
+from dh_jax.console import print_store
 from dh_jax.data.prepare import prepare
 from dh_jax.data.sources import document_id, split_of
 from dh_jax.data.tokenization import train_bpe
 from dh_jax.demo import corpora
 from dh_jax.errors import UserError
+from dh_jax.progress import PrepareProgress
 from dh_jax.report import write_report
 
 VOCABULARY = 4096
@@ -62,16 +63,8 @@ def run_demo(
         UserError: a package that the corpora come from is missing, or a run failed.
     """
     console = console or Console()
-    os.environ[FOLDER_VARIABLE] = str(folder)
     start = time.perf_counter()
-    console.rule("1. real text, from installed packages")
-    corpora.build(folder / "corpora")
-    console.rule("2. tokenizer")
-    ensure_tokenizer(folder)
-    console.rule("3. token store")
-    with PrepareProgress(console) as progress:
-        store = prepare("demo", progress=progress)
-    print_store(store, console)
+    build_data(folder, console)
     console.rule(f"4. {len(POLICIES) * seeds} runs")
     jobs = list(study_jobs(folder, steps=steps, seeds=seeds))
     run_jobs(jobs, console)
@@ -80,6 +73,26 @@ def run_demo(
     write_report([job.out for job in jobs], report, title="A mixture that steers itself")
     console.print(f"{time.perf_counter() - start:.0f} s in all; open {report}")
     return report
+
+
+def build_data(folder: Path, console: Console | None = None) -> None:
+    """Corpora, tokenizer and token store of the data config ``demo``, as far as they are missing.
+
+    From then on that config reads ``folder``.
+
+    Raises:
+        UserError: a package that the corpora come from is missing.
+    """
+    console = console or Console()
+    os.environ[FOLDER_VARIABLE] = str(folder)
+    console.rule("1. real text, from installed packages")
+    corpora.build(folder / "corpora")
+    console.rule("2. tokenizer")
+    ensure_tokenizer(folder)
+    console.rule("3. token store")
+    with PrepareProgress(console) as progress:
+        store = prepare("demo", progress=progress)
+    print_store(store, console)
 
 
 def ensure_tokenizer(folder: Path) -> None:

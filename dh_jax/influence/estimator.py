@@ -44,7 +44,12 @@ class CoverageWarning(UserWarning):
 
 
 class Estimator(NamedTuple):
-    """See the head of this file. ``score`` is compiled; ``fit`` and ``queries`` loop over data."""
+    """See the head of this file. ``score`` is compiled; ``fit`` and ``queries`` loop over data.
+
+    Where scores are inner products of gradients, ``door`` says whose, ``finish`` makes prepared
+    queries of the queries' gradients (or of means of them), and ``by_token`` says what each
+    target of a document adds to its score.
+    """
 
     name: str
     scope: Scope
@@ -52,6 +57,9 @@ class Estimator(NamedTuple):
     queries: Callable[[Params, State, Data, jax.Array], Prepared]
     score: Callable[[Params, State, Prepared, Batch, jax.Array], jax.Array]  # (K, B, S)
     coverage: Callable[[Params], float]
+    door: PerDocument | None = None
+    finish: Callable[[Params, State, Blocks, jax.Array], Prepared] | None = None
+    by_token: Callable[[Params, Prepared, Batch, jax.Array], jax.Array] | None = None  # (K, B, T)
 
 
 class Scores(NamedTuple):
@@ -154,7 +162,13 @@ def linear(
         del state  # its work is done
         return products(params, prepared, batch, key)
 
-    return Estimator(name, scope, fit_told, queries, score_batch, door.coverage)
+    @jax.jit
+    def by_token(params: Params, prepared: Blocks, batch: Batch, key: jax.Array) -> jax.Array:
+        return -jnp.moveaxis(door.by_token(params, prepared, batch, key), -1, 0)
+
+    return Estimator(
+        name, scope, fit_told, queries, score_batch, door.coverage, door, precondition, by_token
+    )
 
 
 def warn_of_coverage(share: float) -> None:

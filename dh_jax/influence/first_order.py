@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from dh_jax.batch import Batch
 from dh_jax.errors import ConfigError
 from dh_jax.functions import Params
+from dh_jax.influence.documents import spread
 from dh_jax.influence.estimator import (
     Estimator,
     gather_gradients,
@@ -49,23 +50,34 @@ def gradient_cosine(objective: Objective, scope: Scope) -> Estimator:
         warn_of_coverage(door.coverage(params))
         return ()
 
-    def queries(params: Params, state: tuple[()], data: Data, key: jax.Array) -> Blocks:
-        v = gather_gradients(gradients, scope, params, data, key)
+    def finish(params: Params, state: tuple[()], v: Blocks, key: jax.Array) -> Blocks:
         flat = [x.reshape(len(x), -1) for x in v.values()]
         norm_K = jnp.sqrt(sum(jnp.square(x).sum(axis=1) for x in flat))
         inverse_K = _inverse(norm_K)
         return {p: x * inverse_K.reshape(-1, *[1] * (x.ndim - 1)) for p, x in v.items()}
 
+    def queries(params: Params, state: tuple[()], data: Data, key: jax.Array) -> Blocks:
+        v = gather_gradients(gradients, scope, params, data, key)
+        return finish(params, state, v, key)
+
     @jax.jit
     def score(
         params: Params, state: tuple[()], prepared: Blocks, batch: Batch, key: jax.Array
     ) -> jax.Array:
-        products_BSK = door.products(params, prepared, batch, key)
-        squares_BS = sum(door.squares(params, batch, key).values(), jnp.zeros(()))
+        products_BSK, squares_BS = door.moments(params, prepared, batch, key)
         scores_BSK = -products_BSK * _inverse(jnp.sqrt(squares_BS))[..., None]
         return jnp.moveaxis(scores_BSK, -1, 0)
 
-    return Estimator("gradient_cosine", scope, fit, queries, score, door.coverage)
+    @jax.jit
+    def by_token(params: Params, prepared: Blocks, batch: Batch, key: jax.Array) -> jax.Array:
+        squares_BS = sum(door.squares(params, batch, key).values(), jnp.zeros(()))
+        inverse_BT = spread(_inverse(jnp.sqrt(squares_BS)), batch)
+        shares_BTK = door.by_token(params, prepared, batch, key)
+        return -jnp.moveaxis(shares_BTK * inverse_BT[..., None], -1, 0)
+
+    return Estimator(
+        "gradient_cosine", scope, fit, queries, score, door.coverage, door, finish, by_token
+    )
 
 
 class Checkpoints(NamedTuple):

@@ -136,7 +136,9 @@ def low_rank(
         values_N, turns_NN = ritz(space)
         dtype = jnp.dtype(scope.dtype)
         turned = jnp.asarray(turns_NN.T, dtype)
-        vectors = {p: jnp.tensordot(turned, q, axes=1) for p, q in space.basis.items()}
+        vectors = {
+            p: jnp.tensordot(turned, q[: space.filled], axes=1) for p, q in space.basis.items()
+        }
         return LowRank(vectors, jnp.asarray(values_N, dtype), fitted.shift)
 
     @jax.jit

@@ -1,6 +1,7 @@
 """Solving with curvature known only by its products: conjugate gradients, Krylov spaces, Lanczos.
 
-Shapes: K right-hand sides, N vectors of a basis; vectors are stacked blocks ``(K, *shape)``.
+Shapes: K right-hand sides, N vectors of a basis and room for M; vectors are stacked blocks
+``(K, *shape)``.
 
 Everything here is written so that going on past convergence changes nothing: quotients whose
 denominators have become rounding errors are replaced by 0, and directions that add nothing to a
@@ -10,12 +11,14 @@ basis are dropped, so that no NaN can arise from solving too well.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dh_jax.distributed.mesh import to_host
 from dh_jax.influence.gradients import Blocks
 
 Map = Callable[[Blocks], Blocks]  # linear, of K stacked vectors
@@ -33,10 +36,16 @@ class Solution(NamedTuple):
 
 
 class Space(NamedTuple):
-    """An orthonormal basis and what the matrix makes of it."""
+    """An orthonormal basis and what the matrix makes of it.
 
-    basis: Blocks  # (N, *shape)
-    images: Blocks  # (N, *shape), the matrix times each
+    There is room for all vectors from the start, so that every step runs the same programs; the
+    places from ``filled`` on are 0, and nobody computes with more of them than fill up a block.
+    """
+
+    basis: Blocks  # (M, *shape), the first N of which are orthonormal
+    images: Blocks  # (M, *shape), the matrix times each
+    inside_MM: np.ndarray  # float64, basis times images
+    filled: int  # N
 
 
 # --- conjugate gradients ---------------------------------------------------------------------
@@ -88,8 +97,8 @@ def block_krylov(
 
     O'Leary 1980, with full orthogonalisation instead of recurrences: each step adds the
     preconditioned residuals to an orthonormal basis Q and solves ``(Q'AQ + shift) y = Q'b``. K
-    sides learn from each other's products, so few steps are needed; the price is 2 K vectors of
-    memory a step.
+    sides learn from each other's products, so few steps are needed; the price is memory for 2 K
+    vectors a step, set aside at the start (at most for twice all dimensions).
 
     Args:
         apply: A, symmetric and positive semidefinite.
@@ -101,20 +110,23 @@ def block_krylov(
     """
     size_K = _inner_each(b, b)
     x, r = jax.tree.map(jnp.zeros_like, b), b
-    space: Space | None = None
+    space = empty_space(b, steps)
+    along_KM = np.zeros((len(size_K), len(space.inside_MM)))
     done = 0
     while done < steps and (_relative(r, size_K) > tolerance).any():
         longer = extend(space, precondition(r), apply)
         if longer is None:  # the residuals are rounding errors of what is there already
             break
+        old, new = space.filled, longer.filled
         space, done = longer, done + 1
+        fresh = _window(space.basis, old, len(size_K))
+        along_KM[:, old:new] = to_host(_inner(b, fresh))[:, : new - old]
         values_N, turns_NN = ritz(space)
-        along_KN = np.asarray(_inner(b, space.basis), np.float64)
-        y_KN = _solve_in_basis(along_KN, values_N + shift, turns_NN)
-        weights_KN = jnp.asarray(y_KN, _dtype(b))
-        x = _mix(weights_KN, space.basis)
-        moved = _mix(weights_KN, space.images)
-        r = jax.tree.map(lambda b, m, x: b - m - shift * x, b, moved, x)
+        y_KM = np.zeros_like(along_KM)
+        y_KM[:, :new] = _solve_in_basis(along_KM[:, :new], values_N + shift, turns_NN)
+        weights_KM = jnp.asarray(y_KM, _dtype(b))
+        x = _mix(weights_KM, space.basis, new)
+        r = _residual(b, _mix(weights_KM, space.images, new), shift, x)
     return Solution(x, _relative(r, size_K), done)
 
 
@@ -126,49 +138,73 @@ def lanczos(apply: Map, start: Blocks, steps: int) -> Space:
         start: K vectors to start from.
         steps: products of K vectors; fewer where the space closes.
     """
-    space = extend(None, start, apply)
+    space = extend(empty_space(start, steps), start, apply)
     if space is None:
         raise ValueError("lanczos was started from zeros")
     for _ in range(steps - 1):
-        newest = jax.tree.map(lambda x: x[-len(next(iter(start.values()))) :], space.images)
-        longer = extend(space, newest, apply)
+        K = _count(start)
+        longer = extend(space, _window(space.images, max(space.filled - K, 0), K), apply)
         if longer is None:
             break
         space = longer
     return space
 
 
-def extend(space: Space | None, directions: Blocks, apply: Map) -> Space | None:
-    """The space with new directions in it; None if they add nothing to it."""
+def empty_space(like: Blocks, steps: int) -> Space:
+    """Room for ``steps`` times as many vectors as there are in ``like``; never for many more than
+    there are dimensions."""
+    K, size = _count(like), sum(x[0].size for x in like.values())
+    M = K * -(-min(steps * K, size + K) // K)
+
+    def room() -> Blocks:
+        return {path: jnp.zeros((M, *x.shape[1:]), x.dtype) for path, x in like.items()}
+
+    return Space(room(), room(), np.zeros((M, M)), 0)
+
+
+def extend(space: Space, directions: Blocks, apply: Map) -> Space | None:
+    """The space with new directions in it; None if they add nothing to it.
+
+    The old space's arrays are written over: go on with the new one alone.
+    """
+    K, N = _count(directions), space.filled
+    if sum(x[0].size for x in directions.values()) <= N:  # all dimensions are there
+        return None
     new = directions
     for _ in range(2):  # twice is enough (Giraud et al. 2005)
-        length_K = _inner_each(new, new) ** 0.5
-        new = _scale(_quotient(jnp.ones_like(length_K), length_K), new)
-        if space is not None:
-            new = _without(new, space.basis)
+        new, gram_KK = _apart(new, space.basis, N)
         # Orthonormal among themselves by the eigenvectors of their Gram matrix. What is left of
-        # a dependent direction is rounding, and dropped.
-        gram = np.asarray(_inner(new, new), np.float64)
-        values, turns = np.linalg.eigh((gram + gram.T) / 2)
-        kept = values > (ROUNDING * float(jnp.finfo(_dtype(new)).eps)) ** 2
-        if not kept.any():
+        # a dependent direction is rounding, and dropped: its place is 0, after the others.
+        gram = to_host(gram_KK).astype(np.float64)
+        values_K, turns_KK = np.linalg.eigh((gram + gram.T) / 2)
+        kept_K = values_K > (ROUNDING * float(jnp.finfo(_dtype(new)).eps)) ** 2
+        count = int(kept_K.sum())
+        if not count:
             return None
-        weights = (turns[:, kept] / np.sqrt(values[kept])).T
-        new = _mix(jnp.asarray(weights, _dtype(new)), new)
-    images = apply(new)
-    if space is None:
-        return Space(new, images)
-    return Space(*(_join(old, more) for old, more in zip(space, (new, images), strict=True)))
+        weights_KK = np.zeros((K, K))
+        weights_KK[:count] = (turns_KK[:, kept_K] / np.sqrt(values_K[kept_K])).T
+        new = _turn(jnp.asarray(weights_KK, _dtype(new)), new)
+    image = apply(new)
+    basis, images = _write(space.basis, new, N), _write(space.images, image, N)
+    filled = N + count
+    rows_KN = to_host(_along(image, basis, filled))[:count, :filled]
+    space.inside_MM[N:filled, :filled] = rows_KN
+    space.inside_MM[:filled, N:filled] = rows_KN.T
+    return Space(basis, images, space.inside_MM, filled)
 
 
 def ritz(space: Space) -> tuple[np.ndarray, np.ndarray]:
     """Eigenvalues of the matrix within the space, ascending, and their vectors in its basis."""
-    inside = np.asarray(_inner(space.basis, space.images), np.float64)
-    values, turns = np.linalg.eigh((inside + inside.T) / 2)
-    return values.clip(min=0), turns
+    inside_NN = space.inside_MM[: space.filled, : space.filled]
+    values_N, turns_NN = np.linalg.eigh((inside_NN + inside_NN.T) / 2)
+    return values_N.clip(min=0), turns_NN
 
 
 # --- stacked vectors -------------------------------------------------------------------------
+
+
+def _count(vectors: Blocks) -> int:
+    return len(next(iter(vectors.values())))
 
 
 def _dtype(blocks: Blocks) -> jnp.dtype:
@@ -194,18 +230,71 @@ def _inner_each(a: Blocks, b: Blocks) -> jax.Array:
 
 
 @jax.jit
-def _mix(weights_KN: jax.Array, basis: Blocks) -> Blocks:
-    mixed: Blocks = jax.tree.map(
-        lambda q: jnp.tensordot(weights_KN, q, axes=1, precision="highest"), basis
+def _turn(weights_KN: jax.Array, a: Blocks) -> Blocks:
+    turned: Blocks = jax.tree.map(
+        lambda q: jnp.tensordot(weights_KN, q, axes=1, precision="highest"), a
     )
-    return mixed
+    return turned
+
+
+@partial(jax.jit, static_argnums=2)
+def _window(basis: Blocks, start: int | jax.Array, count: int) -> Blocks:
+    """``count`` of the vectors."""
+    return {p: jax.lax.dynamic_slice_in_dim(x, start, count) for p, x in basis.items()}
+
+
+@partial(jax.jit, donate_argnums=0)
+def _write(basis: Blocks, new: Blocks, start: int) -> Blocks:
+    """In place: the vectors' room is most of the memory that solving takes."""
+    return {
+        p: jax.lax.dynamic_update_slice_in_dim(x, new[p].astype(x.dtype), start, axis=0)
+        for p, x in basis.items()
+    }
 
 
 @jax.jit
-def _without(a: Blocks, basis: Blocks) -> Blocks:
-    inner_KN = _inner(a, basis)
-    apart: Blocks = jax.tree.map(lambda v, along: v - along, a, _mix(inner_KN, basis))
-    return apart
+def _apart(new: Blocks, basis: Blocks, filled: int) -> tuple[Blocks, jax.Array]:
+    """What is new in K directions, each taken as of length 1; and its Gram matrix."""
+    length_K = _inner_each(new, new) ** 0.5
+    new = _scale(_quotient(jnp.ones_like(length_K), length_K), new)
+
+    def take_off(i: jax.Array, new: Blocks) -> Blocks:
+        part = _window(basis, i * _count(new), _count(new))
+        along = _turn(_inner(new, part), part)
+        return jax.tree.map(jnp.subtract, new, along)
+
+    new = jax.lax.fori_loop(0, -(-filled // _count(new)), take_off, new)
+    return new, _inner(new, new)
+
+
+@jax.jit
+def _along(a: Blocks, basis: Blocks, filled: int) -> jax.Array:
+    """(K, M) inner products with the basis; 0 where there is none."""
+    K, M = _count(a), _count(basis)
+
+    def visit(i: jax.Array, out_KM: jax.Array) -> jax.Array:
+        part_KK = _inner(a, _window(basis, i * K, K)).astype(out_KM.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(out_KM, part_KK, i * K, axis=1)
+
+    return jax.lax.fori_loop(0, -(-filled // K), visit, jnp.zeros((K, M), _dtype(a)))
+
+
+@jax.jit
+def _mix(weights_KM: jax.Array, basis: Blocks, filled: int) -> Blocks:
+    K = len(weights_KM)
+
+    def add(i: jax.Array, total: Blocks) -> Blocks:
+        part_KK = jax.lax.dynamic_slice_in_dim(weights_KM, i * K, K, axis=1)
+        return jax.tree.map(jnp.add, total, _turn(part_KK, _window(basis, i * K, K)))
+
+    start = {p: jnp.zeros((K, *x.shape[1:]), x.dtype) for p, x in basis.items()}
+    return jax.lax.fori_loop(0, -(-filled // K), add, start)
+
+
+@jax.jit
+def _residual(b: Blocks, moved: Blocks, shift: float, x: Blocks) -> Blocks:
+    left: Blocks = jax.tree.map(lambda b, m, x: b - m - shift * x, b, moved, x)
+    return left
 
 
 @jax.jit
@@ -218,10 +307,6 @@ def _scale(weights_K: jax.Array, a: Blocks) -> Blocks:
 def _add(a: Blocks, weights_K: jax.Array, b: Blocks) -> Blocks:
     added: Blocks = jax.tree.map(jnp.add, a, _scale(weights_K, b))
     return added
-
-
-def _join(a: Blocks, b: Blocks) -> Blocks:
-    return {path: jnp.concatenate([x, b[path]]) for path, x in a.items()}
 
 
 def _quotient(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -238,5 +323,5 @@ def _solve_in_basis(b_KN: np.ndarray, values_N: np.ndarray, turns_NN: np.ndarray
 
 
 def _relative(r: Blocks, size_K: jax.Array) -> np.ndarray:
-    size = np.asarray(size_K) ** 0.5
-    return np.asarray(_inner_each(r, r)) ** 0.5 / np.where(size > 0, size, 1)
+    size = to_host(size_K) ** 0.5
+    return np.asarray(to_host(_inner_each(r, r)) ** 0.5 / np.where(size > 0, size, 1))

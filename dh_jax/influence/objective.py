@@ -121,16 +121,27 @@ def checked(data: Data, scope: Scope, key: jax.Array) -> Iterator[tuple[int, Bat
         )
 
 
+class NotFinite(DataError):
+    """A loss, gradient or score is NaN or infinite; says where, for who knows the documents."""
+
+    def __init__(self, text: str, index: int, row: int, segment: int):
+        super().__init__(text)
+        self.index, self.row, self.segment = index, row, segment  # segment counts from 1
+
+
 def refuse_non_finite(index: int, what: str, values_BS: jax.Array) -> None:
     """Raise where a document's value is NaN or infinite, naming batch, row and segment.
 
     Raises:
-        DataError: with the first such document and how many there are.
+        NotFinite: with the first such document and how many there are.
     """
     bad_BS = ~np.isfinite(np.asarray(values_BS))
     if bad_BS.any():
-        row, segment = np.argwhere(bad_BS)[0]
-        raise DataError(
+        row, segment = (int(i) for i in np.argwhere(bad_BS)[0])
+        raise NotFinite(
             f"batch {index}, row {row}, document (segment) {segment + 1}: {what} is not finite "
-            f"({int(bad_BS.sum())} such in the batch); look at its tokens, or at the parameters"
+            f"({int(bad_BS.sum())} such in the batch); look at its tokens, or at the parameters",
+            index,
+            row,
+            segment + 1,
         )

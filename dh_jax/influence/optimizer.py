@@ -22,7 +22,15 @@ from dh_jax.functions import Params
 from dh_jax.influence.alignment import check_targets, source_alignment, target_gradient, target_loss
 from dh_jax.influence.calculator import DataInfCalculator
 from dh_jax.influence.checks import refuse_non_finite, rows_with_targets
-from dh_jax.mixing.checks import refuse_no_mixture, refuse_unknown
+from dh_jax.mixing.checks import refuse_no_mixture, refuse_unknown, weights_in_order
+from dh_jax.mixing.pace import (
+    Budget,
+    Pace,
+    check_budget,
+    first_pace,
+    next_pace,
+    placed_alike,
+)
 from dh_jax.mixing.policy import LEARNT, SAMPLED, Observation, Policy, PolicyState
 
 GRADIENTS = frozenset({"influence_M", "alignment_M", "norm_M"})  # measured on the sources' rows
@@ -37,6 +45,7 @@ class InfluenceState(NamedTuple):
     policy: PolicyState
     nats_M: jax.Array  # float32, loss summed over targets since the last move; see `observe`
     targets_M: jax.Array  # float32, targets learnt since the last move
+    pace: Pace | tuple[()] = ()  # when the weights move next; only where a budget decides it
 
 
 class Reweighting(NamedTuple):
@@ -59,9 +68,10 @@ class InfluenceAwareOptimizer:
 
         updates, state = optimizer.update(grads, state, params)
         state = optimizer.observe(state, loss_M, targets_M)  # for policies that look at losses
-        if optimizer.due(step):  # step = updates made so far
+        if optimizer.due(step, state):  # step = updates made so far
             state, move = optimizer.reweight(params, state, source_rows, probe_rows, key)
             loader.set_weights(dict(zip(optimizer.source_names, move.weights_M)))
+            state = optimizer.spent(state, move_seconds, step_seconds)  # with a budget
 
     Args:
         optimizer: any optax optimizer.
@@ -74,6 +84,11 @@ class InfluenceAwareOptimizer:
         warmup: steps before the first move.
         probe_names: names of the probes that can be targets.
         targets: probe -> weight, normalised here; empty means every probe counts the same.
+        budget: what share of training's time moves may take; ``interval`` is then the least
+            number of steps between two of them, and `spent` sets the number.
+        longest: most steps between two moves for the budget's sake, as long as samples can be
+            halved instead; default: ten intervals.
+        halvings: how often samples may be halved (`halvings` says how often they are).
 
     Raises:
         ConfigError: a name is unknown, a number is outside its range, the bounds of the policy
@@ -92,6 +107,9 @@ class InfluenceAwareOptimizer:
         warmup: int = 0,
         probe_names: Sequence[str] = (),
         targets: Mapping[str, float] | None = None,
+        budget: float | None = None,
+        longest: int | None = None,
+        halvings: int = 0,
     ) -> None:
         if interval < 1:
             raise ConfigError(f"mixing.interval is {interval} steps; the least is 1")
@@ -109,6 +127,10 @@ class InfluenceAwareOptimizer:
         self.source_names = tuple(source_names)
         self.interval = interval
         self.warmup = warmup
+        self.budget: Budget | None = None
+        if budget is not None:
+            longest = 10 * interval if longest is None else longest
+            self.budget = check_budget(Budget(budget, interval, longest, halvings))
         self.targets: dict[str, float] = {}
         if policy.needs & SAMPLED:
             if calculator is None:
@@ -117,7 +139,7 @@ class InfluenceAwareOptimizer:
                     "give a DataInfCalculator"
                 )
             self.targets = resolve_targets(targets or {}, probe_names)
-        start_M = jnp.asarray(_in_order(weights, self.source_names), jnp.float32)
+        start_M = jnp.asarray(weights_in_order(weights, self.source_names), jnp.float32)
         self._start_M = np.asarray(policy.start(start_M))
         self._move = jax.jit(policy.update)
 
@@ -131,6 +153,9 @@ class InfluenceAwareOptimizer:
             policy=self.policy.init(weights_M),
             nats_M=jnp.zeros_like(weights_M),
             targets_M=jnp.zeros_like(weights_M),
+            pace=jax.tree.map(jnp.asarray, first_pace(self.budget, self.warmup))
+            if self.budget
+            else (),
         )
 
     def update(
@@ -158,10 +183,34 @@ class InfluenceAwareOptimizer:
             nats_M=state.nats_M + loss_M * targets_M, targets_M=state.targets_M + targets_M
         )
 
-    def due(self, step: int) -> bool:
-        """Whether the weights are to move once ``step`` updates have been made."""
+    def due(self, step: int, state: InfluenceState | None = None) -> bool:
+        """Whether the weights are to move once ``step`` updates have been made.
+
+        With a budget ``state`` says it.
+        """
+        if self.budget is not None:
+            if state is None or not state.pace:
+                raise ConfigError("with a budget the state says when a move is due; give it")
+            return step >= int(state.pace.due)
         since = step - self.warmup
         return step > 0 and since >= 0 and since % self.interval == 0
+
+    def spent(
+        self, state: InfluenceState, move_seconds: float, step_seconds: float
+    ) -> InfluenceState:
+        """Note what the move just made took, and decide when the next one is due.
+
+        Every process must give the same seconds. NaN stands for what was not measured, or was
+        mostly compilation. Without a budget nothing happens.
+        """
+        if self.budget is None or not state.pace:
+            return state
+        pace = next_pace(self.budget, state.pace, int(state.step), move_seconds, step_seconds)
+        return state._replace(pace=placed_alike(state.pace, pace))
+
+    def halvings(self, state: InfluenceState) -> int:
+        """How often samples are to be halved for the budget's sake."""
+        return int(state.pace.halvings) if state.pace else 0
 
     def reweight(
         self,
@@ -330,24 +379,6 @@ def resolve_targets(targets: Mapping[str, float], probe_names: Sequence[str]) ->
 
 def _plain(values_M: jax.Array | None) -> np.ndarray | None:
     return None if values_M is None else np.asarray(values_M)
-
-
-def _in_order(weights: Mapping[str, float] | Sequence[float], names: Sequence[str]) -> list[float]:
-    if isinstance(weights, Mapping):
-        if set(weights) != set(names):
-            raise ConfigError(
-                f"weights name {', '.join(weights)} but the sources are {', '.join(names)}"
-            )
-        weights = [weights[name] for name in names]
-    if len(weights) != len(names):
-        raise ConfigError(f"{len(weights)} weights for {len(names)} sources; give one for each")
-    for name, weight in zip(names, weights, strict=True):
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ConfigError(f"weight of source {name!r} is {weight}; it must be at least 0")
-    total = math.fsum(weights)
-    if abs(total - 1) > 1e-4:
-        raise ConfigError(f"weights of the sources sum to {total:g}; they must sum to 1")
-    return list(weights)
 
 
 def _by_name(

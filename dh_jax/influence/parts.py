@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from dh_jax.batch import Batch
 from dh_jax.influence.documents import document_sums, spread
 from dh_jax.influence.sketch import Sketch, places, project
+from dh_jax.influence.thin import Thin
 from dh_jax.influence.tiles import map_documents
 
 
@@ -52,11 +53,17 @@ def is_scanned(part: Part) -> bool:
     return part[-1].ndim > (3 if isinstance(part, Total) else 4)
 
 
-def products(part: Part, vectors: jax.Array, batch: Batch, max_segments: int) -> jax.Array:
-    """(B, S, K) ``<v_k, g_d>`` for vectors ``(K, *shape)``."""
+def products(part: Part, vectors: jax.Array | Thin, batch: Batch, max_segments: int) -> jax.Array:
+    """(B, S, K) ``<v_k, g_d>`` for vectors ``(K, *shape)``, or kernels' thin factors."""
     if is_scanned(part):
         each = jax.vmap(lambda p, v: products(p, v, batch, max_segments), in_axes=(0, 1))
         return each(part, vectors).sum(axis=0)
+    if isinstance(vectors, Thin):
+        assert isinstance(part, Outer)  # `PerDocument.kernels` are no others
+        met = _einsum("btui,kir->kbtur", part.activation_BTUI, vectors.left_KIr)
+        pulled = _einsum("btuo,kro->kbtur", part.cotangent_BTUO, vectors.right_KrO)
+        slopes_KBT = (met * pulled).sum(axis=(-2, -1))
+        return jnp.moveaxis(document_sums(slopes_KBT, batch, max_segments), 0, -1)
     if isinstance(part, Outer):
         return _kernel_products(part, vectors, batch, max_segments)
     if isinstance(part, Lookup):

@@ -6,6 +6,7 @@ and weighted sums of the documents' gradients, tensor by tensor, a chunk of rows
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
@@ -16,16 +17,20 @@ from dh_jax.batch import Batch
 from dh_jax.functions import Params
 from dh_jax.influence import documents, parts
 from dh_jax.influence.chunks import chunks_and_keys, from_chunks
-from dh_jax.influence.gradients import Blocks, select
+from dh_jax.influence.gradients import Blocks, along, select
 from dh_jax.influence.objective import Objective, Scope, check_scope
 from dh_jax.influence.sketch import Sketch, project
 from dh_jax.influence.taps import capture, coverage, tapped_paths
+from dh_jax.influence.thin import dense
 
 Tree = TypeVar("Tree")
 
 
 class PerDocument(NamedTuple):
-    """Functions of (params, ..., batch, key); all but `blocks` and `coverage` belong under jit."""
+    """Functions of (params, ..., batch, key); all but `blocks` and `coverage` belong under jit.
+
+    Vectors of `products`, `moments` and `by_token` may be `thin.Thin` for ``kernels``.
+    """
 
     blocks: Callable[[Params], Blocks]  # the tensors covered
     coverage: Callable[[Params], float]  # their share of all trainable entries
@@ -33,9 +38,12 @@ class PerDocument(NamedTuple):
     squares: Callable[[Params, Batch, jax.Array], Blocks]  # (B, S) |g_d|^2 a tensor
     products: Callable[[Params, Blocks, Batch, jax.Array], jax.Array]  # (B, S, K) in all tensors
     products_each: Callable[[Params, Blocks, Batch, jax.Array], Blocks]  # (B, S, K) a tensor
+    moments: Callable[..., tuple[jax.Array, jax.Array]]  # as products, and |g_d|^2: (B, S)
+    by_token: Callable[[Params, Blocks, Batch, jax.Array], jax.Array]  # (B, T, K), a target each
     combine: Callable[[Params, Blocks, Batch, jax.Array], Blocks]  # (K, B, S) -> (K, *shape)
     sketched: Callable[[Sketch, Params, Batch, jax.Array], jax.Array]  # (B, S, k)
     health: Callable[[Params, Batch, jax.Array], jax.Array]  # (B, S), finite where all is well
+    kernels: frozenset[str] = frozenset()  # tensors whose vectors may be thin
 
 
 def per_document(objective: Objective, scope: Scope) -> PerDocument:
@@ -69,6 +77,14 @@ def plain(objective: Objective, scope: Scope) -> PerDocument:
         each = gradients(params, rows, key)
         return {path: _inner(g, vectors[path]) for path, g in each.items()}
 
+    def moments(
+        params: Params, vectors: Blocks, rows: Batch, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        each = gradients(params, rows, key)
+        products_BSK = sum((_inner(g, vectors[p]) for p, g in each.items()), jnp.zeros(()))
+        sizes = (jnp.square(g).sum(axis=range(2, g.ndim)) for g in each.values())
+        return products_BSK, sum(sizes, jnp.zeros(()))
+
     def combine(params: Params, weights: Blocks, rows: Batch, key: jax.Array) -> Blocks:
         each = gradients(params, rows, key)
         return {
@@ -93,6 +109,8 @@ def plain(objective: Objective, scope: Scope) -> PerDocument:
             squares,
             products,
             products_each,
+            moments,
+            _by_token(objective, scope),
             combine,
             sketched,
             health,
@@ -104,7 +122,8 @@ def plain(objective: Objective, scope: Scope) -> PerDocument:
 def tapped(objective: Objective, scope: Scope) -> PerDocument:
     """By taps: no document's gradient of more than one tensor exists, except in `gradients`."""
     S = scope.max_segments
-    tapped_paths(objective, scope)  # refuses at once what cannot be tapped
+    layers = tapped_paths(objective, scope).values()  # refuses at once what cannot be tapped
+    kernels = frozenset(x.weight for x in layers if x.kind == "linear")
 
     def seen(params: Params, rows: Batch, key: jax.Array) -> parts.Parts:
         return capture(objective, scope, params, rows, key).parts
@@ -133,6 +152,14 @@ def tapped(objective: Objective, scope: Scope) -> PerDocument:
         each = products_each(params, vectors, rows, key)
         return sum(each.values(), jnp.zeros(()))
 
+    def moments(
+        params: Params, vectors: Blocks, rows: Batch, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        found = seen(params, rows, key)  # once: XLA then forms a kernel's gradient once as well
+        each = [parts.products(p, vectors[path], rows, S) for path, p in found.items()]
+        sizes = [parts.squares(p, rows, S) for p in found.values()]
+        return sum(each[1:], each[0]), sum(sizes[1:], sizes[0])
+
     def combine(params: Params, weights: Blocks, rows: Batch, key: jax.Array) -> Blocks:
         shapes = blocks(params)
         return {
@@ -159,12 +186,34 @@ def tapped(objective: Objective, scope: Scope) -> PerDocument:
             squares,
             products,
             products_each,
+            moments,
+            _by_token(objective, scope),
             combine,
             sketched,
             health,
+            kernels,
         ),
         scope,
     )
+
+
+def _by_token(objective: Objective, scope: Scope) -> Callable[..., jax.Array]:
+    """Shares of targets in `products`: one forward-mode pass a vector, whatever the gradients."""
+
+    def by_token(params: Params, vectors: Blocks, rows: Batch, key: jax.Array) -> jax.Array:
+        pattern = f"^(?:{'|'.join(map(re.escape, vectors))})$"
+        selection = select(params, pattern)
+
+        def one(vector: Blocks) -> jax.Array:
+            return along(objective.loss, selection, vector, rows, key)
+
+        slopes_KBT = jax.lax.map(one, {path: dense(v) for path, v in vectors.items()})
+        weights_BT = documents.target_weights(
+            rows, scope.max_segments, scope.reduction, slopes_KBT.dtype
+        )
+        return jnp.moveaxis(slopes_KBT * weights_BT, 0, -1)
+
+    return by_token
 
 
 # --- a chunk of rows at a time ---------------------------------------------------------------
@@ -217,6 +266,12 @@ def _chunked(whole: PerDocument, scope: Scope) -> PerDocument:
         lambda params, vectors, batch, key: per_row(
             lambda rows, k: whole.products_each(params, vectors, rows, k), batch, key
         ),
+        lambda params, vectors, batch, key: per_row(
+            lambda rows, k: whole.moments(params, vectors, rows, k), batch, key
+        ),
+        lambda params, vectors, batch, key: per_row(
+            lambda rows, k: whole.by_token(params, vectors, rows, k), batch, key
+        ),
         combine,
         lambda sketch, params, batch, key: per_row(
             lambda rows, k: whole.sketched(sketch, params, rows, k), batch, key
@@ -224,6 +279,7 @@ def _chunked(whole: PerDocument, scope: Scope) -> PerDocument:
         lambda params, batch, key: per_row(
             lambda rows, k: whole.health(params, rows, k), batch, key
         ),
+        whole.kernels,
     )
 
 

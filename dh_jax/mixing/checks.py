@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from dh_jax.errors import DataError
+from dh_jax.errors import ConfigError, DataError
 from dh_jax.mixing.policy import Observation
 
 
@@ -47,3 +48,28 @@ def refuse_no_mixture(weights_M: np.ndarray, names: Sequence[str]) -> None:
             f"the policy gave weights {dict(pairs)}, which sum to {total:g}, not 1; "
             "choose another policy"
         )
+
+
+def weights_in_order(
+    weights: Mapping[str, float] | Sequence[float], names: Sequence[str]
+) -> list[float]:
+    """Configured weights in the order of ``names``.
+
+    Raises:
+        ConfigError: they are of other sources, or no mixture; names the source.
+    """
+    if isinstance(weights, Mapping):
+        if set(weights) != set(names):
+            raise ConfigError(
+                f"weights name {', '.join(weights)} but the sources are {', '.join(names)}"
+            )
+        weights = [weights[name] for name in names]
+    if len(weights) != len(names):
+        raise ConfigError(f"{len(weights)} weights for {len(names)} sources; give one for each")
+    for name, weight in zip(names, weights, strict=True):
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ConfigError(f"weight of source {name!r} is {weight}; it must be at least 0")
+    total = math.fsum(weights)
+    if abs(total - 1) > 1e-4:
+        raise ConfigError(f"weights of the sources sum to {total:g}; they must sum to 1")
+    return list(weights)

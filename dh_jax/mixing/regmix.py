@@ -23,7 +23,8 @@ class Regression(NamedTuple):
     centre_F: np.ndarray  # float64, mean of the features
     coefficients_F: np.ndarray  # float64
     intercept: float  # nats
-    error: float  # root mean square of leave-one-out predictions, nats
+    error: float  # root mean square error of leave-one-out predictions, nats
+    left_out_N: np.ndarray  # float64, each proxy's loss as predicted by a fit on all others, nats
 
 
 def sample_mixtures(
@@ -87,16 +88,19 @@ def fit(weights_NM: np.ndarray, losses_N: np.ndarray, *, quadratic: bool = True)
     centre_F, intercept = features_NF.mean(axis=0), losses_N.mean()
     u_NK, s_K, v_KF = np.linalg.svd(features_NF - centre_F, full_matrices=False)
     centred_N = losses_N - intercept
-    best: tuple[float, np.ndarray] | None = None
+    best: tuple[float, np.ndarray, np.ndarray] | None = None
     for ridge in RIDGES:
         shrink_K = s_K**2 / (s_K**2 + ridge)
         leverage_N = (u_NK**2 * shrink_K).sum(axis=1) + 1 / len(losses_N)
         residual_N = centred_N - u_NK @ (shrink_K * (u_NK.T @ centred_N))
-        error = float(np.sqrt(np.mean((residual_N / (1 - leverage_N).clip(min=1e-6)) ** 2)))
+        left_out_N = losses_N - residual_N / (1 - leverage_N).clip(min=1e-6)
+        error = float(np.sqrt(np.mean((losses_N - left_out_N) ** 2)))
         if best is None or error < best[0]:
-            best = error, v_KF.T @ (s_K / (s_K**2 + ridge) * (u_NK.T @ centred_N))
+            coefficients_F = v_KF.T @ (s_K / (s_K**2 + ridge) * (u_NK.T @ centred_N))
+            best = error, coefficients_F, left_out_N
     assert best is not None
-    return Regression(quadratic, centre_F, best[1], float(intercept), best[0])
+    error, coefficients_F, left_out_N = best
+    return Regression(quadratic, centre_F, coefficients_F, float(intercept), error, left_out_N)
 
 
 def predict(regression: Regression, weights_NM: np.ndarray) -> np.ndarray:

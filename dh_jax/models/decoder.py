@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
@@ -107,7 +106,10 @@ class Decoder(nnx.Module):
         """
         tape = tape or Tape()
         angles = rotary_angles(self.rotary, positions_BT)
-        attend = partial(KERNELS[self.kernel], segment_ids_BT=segment_ids_BT)
+        kernel = KERNELS[self.kernel]
+
+        def attend(q_BTHh: Array, k_BTKh: Array, v_BTKh: Array) -> Array:
+            return kernel(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT)
 
         def one(block: Block, x_BTD: Array, taps: dict[str, Array]) -> tuple[Array, Any]:
             inner = Tape(taps, measuring=tape.measuring)

@@ -302,7 +302,8 @@ def choose(logits_BV: Array, sampling: Sampling, keys_B: Array) -> Array:
 
 def truncate(logits_BV: Array, sampling: Sampling) -> Array:
     """Logits over the temperature, minus infinity where a filter leaves a token out."""
-    logits_BV = logits_BV / sampling.temperature
+    if sampling.temperature is not None:
+        logits_BV = logits_BV / sampling.temperature
     if sampling.top_k is None and sampling.top_p is None:
         return logits_BV
     falling_BV = jnp.flip(jnp.sort(logits_BV, axis=-1), axis=-1)

@@ -75,9 +75,9 @@ def splash(
         ids = library.SegmentIds(segment_ids_T, segment_ids_T)
         return jnp.asarray(kernel(q_HTh, k_KTh, v_KTh, segment_ids=ids))
 
-    scaled_BTHh = q_BTHh * head_width**-0.5
-    heads_first = (x.swapaxes(1, 2) for x in (scaled_BTHh, k_BTKh, v_BTKh))
-    return jax.vmap(one_row)(*heads_first, segment_ids_BT).swapaxes(1, 2)
+    q_BHTh, k_BKTh, v_BKTh = (x.swapaxes(1, 2) for x in (q_BTHh, k_BTKh, v_BTKh))
+    mixed_BHTh = jax.vmap(one_row)(q_BHTh * head_width**-0.5, k_BKTh, v_BKTh, segment_ids_BT)
+    return mixed_BHTh.swapaxes(1, 2)
 
 
 def triton(

@@ -138,7 +138,8 @@ def _sentences(
             spent = clocks[name].seconds.get("reweight", 0.0)
             said.append(
                 f"Steering by {name} cost {percent(clocks[name].overhead)} of the wall-clock time "
-                f"({seconds(spent)} of {seconds(clocks[name].total)} a run)."
+                f"({seconds(spent)} of {seconds(clocks[name].total)} a run), "
+                f"{percent(clocks[name].of_training)} of the training steps' own."
             )
     if differences:
         said.append(f"All runs trained on {_token_range(runs)} tokens.")

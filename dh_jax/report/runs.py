@@ -226,7 +226,7 @@ def _metrics(
             _append(evals, _eval(fields), fields.where)
         elif kind == "reweight":
             _append(reweights, _reweight(fields), fields.where)
-        elif kind != "distillation":  # `teaching` reads those
+        elif kind not in ("pace", "distillation"):  # moves show those, `teaching` reads these
             unknown[kind] += 1
     if not train:
         raise DataError(f"{path}: no 'train' record; the run has not logged a step yet")

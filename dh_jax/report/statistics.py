@@ -77,6 +77,12 @@ class Clock(NamedTuple):
         """Share of the time that reweighting took."""
         return self.seconds.get("reweight", 0.0) / self.total if self.total > 0 else 0.0
 
+    @property
+    def of_training(self) -> float:
+        """Seconds of reweighting by those of training steps: what `mixing.budget` bounds."""
+        busy = self.seconds.get("train", 0.0)
+        return self.seconds.get("reweight", 0.0) / busy if busy > 0 else 0.0
+
 
 class Summary(NamedTuple):
     """The finding of a report, in numbers and in words."""

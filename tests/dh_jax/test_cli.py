@@ -29,7 +29,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code.value.code == 0
     said = capsys.readouterr().out
     for command in (
-        "train", "prepare", "inspect", "show", "replay", "report", "configs", "demo",
+        "train", "influence", "prepare", "inspect", "show", "replay", "report", "configs", "demo",
     ):  # fmt: skip
         assert f"dh {command}" in said
 

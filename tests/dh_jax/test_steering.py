@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,18 +18,24 @@ from omegaconf import OmegaConf
 from dh_jax import train as training
 from dh_jax.config import (
     InfluenceConfig,
+    MeshConfig,
     MixingConfig,
     ModelConfig,
     RunConfig,
+    StageConfig,
     TrainingConfig,
     config_folder,
     typed,
 )
 from dh_jax.data.store import open_store
+from dh_jax.data.tokenization import TokenizerWrapper
+from dh_jax.distributed.mesh import make_mesh
 from dh_jax.errors import ConfigError, DataError
 from dh_jax.influence.optimizer import InfluenceAwareOptimizer
+from dh_jax.mixing.pace import next_pace
 from dh_jax.mixing.policy import Policy, as_configured, uniform
 from dh_jax.mixing.registry import MOVING, PLANNED
+from dh_jax.sampling import Samplers
 
 STEPS = 12
 
@@ -165,11 +172,15 @@ def test_proportional_weights_are_the_stores_tokens(
     assert weights == pytest.approx({n: t / total for n, t in tokens.items()}, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", some_slow(["odm", "ado", "aioli", "doge"], {"aioli"}))
+@pytest.mark.parametrize("name", some_slow(["schedule", *MOVING], {"aioli"}))
 def test_a_run_resumed_midway_moves_its_weights_alike(
     name: str, make_run: Any, tmp_path: Path
 ) -> None:
-    mixing = MixingConfig(policy=name, interval=2, hold=1, smoothing=0.9, exploration=0.25)
+    mixing = MixingConfig(
+        policy=name, interval=2, hold=1, smoothing=0.9, exploration=0.25,
+        reference={"code": 5.0, "mail": 5.5, "sums": 5.2} if name == "doremi" else {},
+        stages=[StageConfig(6, {"mail": 0.9, "sums": 0.1})], interpolate=True,
+    )  # fmt: skip
     whole, halved = tmp_path / "whole", tmp_path / "halved"
     training.train(make_run(whole, mixing))
 
@@ -181,6 +192,86 @@ def test_a_run_resumed_midway_moves_its_weights_alike(
         training.train(make_run(halved, mixing), listeners=(stop,))
     training.train(make_run(halved, mixing, resume=True))
     assert (halved / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+# --- a budget ------------------------------------------------------------------------------------
+
+
+def rotating(config: MixingConfig, names: Any, sizes: Any = None) -> Policy:
+    """A policy that needs nothing and always moves."""
+    roll = lambda o, s: (jnp.roll(o.weights_M, 1), s)  # noqa: E731
+    return Policy(as_configured, lambda w: jnp.zeros((), jnp.int32), roll)
+
+
+def test_a_budget_decides_by_the_clock_once_and_a_resumption_by_the_log(
+    make_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    times_as_slow = 1.0
+
+    def spy(budget: Any, pace: Any, step: int, move: float, of_step: float) -> Any:
+        asked.append(step)
+        return next_pace(budget, pace, step, times_as_slow * move, of_step)
+
+    ticks = itertools.count()
+    monkeypatch.setattr(training, "make_policy", rotating)
+    monkeypatch.setattr("dh_jax.influence.optimizer.next_pace", spy)
+    monkeypatch.setattr("dh_jax.runlog.time.perf_counter", lambda: float(next(ticks)))
+    out = tmp_path / "run"
+    mixing = MixingConfig(policy="influence", interval=1, budget=0.5)
+
+    def stop(record: dict[str, Any]) -> None:
+        if record["kind"] == "train" and record["step"] == 9:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):  # behind the checkpoint of step 5
+        training.train(make_run(out, mixing), listeners=(stop,))
+    # The first move is compiled and counts nothing; each of the others takes as long as a step.
+    assert asked == [1, 2, 4, 6, 8]
+    before = records(out, "pace"), records(out, "train")
+    assert [x["due"] for x in before[0]] == [2, 4, 6, 8, 10]
+    assert [x["spent"] for x in before[0]] == [0, 1, 2, 3, 4]
+    asked.clear()
+    times_as_slow = 4.0
+    training.train(make_run(out, mixing, resume=True))
+    assert asked == [10]  # those of steps 6 and 8 stand in the log
+    after = records(out, "pace"), records(out, "train")
+    assert after[0][:5] == before[0] and after[1][:9] == before[1]
+    assert after[0][5]["due"] == 21 and after[1][10]["weights"] != after[1][9]["weights"]
+    assert [x["step"] for x in records(out, "reweight")] == [1, 2, 4, 6, 8, 10]
+
+
+def test_samples_are_halved_as_far_as_the_mesh_can_split_them(
+    make_run: Any, tmp_path: Path
+) -> None:
+    config = make_run(tmp_path, MixingConfig(policy="influence"))
+    config.influence.probe_rows = 5
+    tokenizer = TokenizerWrapper.load(config.data.tokenizer)
+    with Samplers(config.data, config.influence, tokenizer, make_mesh(config.mesh), seed=0) as s:
+        assert s.halvings == 2
+        assert {len(b.tokens_BT) for b in s.draw("train", 1).values()} == {1}
+        assert [len(s.draw("probe", k)["sums"].tokens_BT) for k in (0, 1, 2, 9)] == [5, 2, 1, 1]
+    two = make_mesh(MeshConfig(data=2))
+    config.influence.probe_rows = 8
+    with Samplers(config.data, config.influence, tokenizer, two, seed=0) as s:
+        assert s.halvings == 2
+        assert [len(s.draw("probe", k)["sums"].tokens_BT) for k in (0, 1, 2, 9)] == [8, 4, 2, 2]
+
+
+def test_with_a_budget_the_state_says_when_a_move_is_due() -> None:
+    optimizer = InfluenceAwareOptimizer(
+        optax.sgd(0.1), uniform(), source_names=("a", "b"), weights=[0.5, 0.5], interval=3,
+        budget=0.1,
+    )  # fmt: skip
+    state = optimizer.init({"w": jnp.ones(2)})
+    assert [optimizer.due(step, state) for step in (2, 3, 4)] == [False, True, True]
+    with pytest.raises(ConfigError, match="the state says when a move is due"):
+        optimizer.due(3)
+    later = optimizer.spent(state._replace(step=jnp.int32(3)), 2.0, 1.0)
+    assert not optimizer.due(39, later) and optimizer.due(40, later)
+    without = optimizer_of(uniform())
+    state = without.init({"w": jnp.ones(2)})
+    assert without.spent(state, 2.0, 1.0) is state and not without.halvings(state)
 
 
 # --- moves that fail -----------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from dh_jax.config import ModelConfig, TrainingConfig, list_configs, typed  # no
 from dh_jax.config import config_folder as folder_of_configs  # noqa: E402
 from dh_jax.errors import ConfigError  # noqa: E402
 from dh_jax.models import decoder  # noqa: E402
-from dh_jax.train import make_schedule  # noqa: E402
+from dh_jax.step import make_schedule  # noqa: E402
 from dh_torch_bridge.data import IGNORED, get_loader  # noqa: E402
 from dh_torch_bridge.train import build_llama, main, make_optimizer, token_losses  # noqa: E402
 

@@ -21,7 +21,7 @@ from dh_jax.functions import LossFn
 from dh_jax.influence.optimizer import InfluenceAwareOptimizer
 from dh_jax.mixing.policy import uniform
 from dh_jax.models import decoder
-from dh_jax.train import make_optimizer, make_step
+from dh_jax.step import make_optimizer, make_step
 from tests.dh_jax.distributed import float64_model
 
 V, B, T, STEPS, HALF = 256, 8, 24, 20, 10

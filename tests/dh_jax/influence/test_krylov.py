@@ -81,6 +81,26 @@ def test_a_block_needs_fewer_products_than_its_sides_alone():
     assert max(alone.residual_K.max(), together.residual_K.max()) < 1e-6
 
 
+def test_later_steps_compile_nothing():
+    compiled = []
+
+    def listen(event, seconds, **about):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(about.get("fun_name"))
+
+    apply, b = as_map(matrix().astype("float32")), np.random.default_rng(5).normal(size=(2, 30))
+    sides = blocks(b.astype("float32"))
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        assert block_krylov(apply, sides, same, 1.0, 15, 0.5).steps <= 3
+        assert compiled
+        compiled.clear()
+        assert block_krylov(apply, sides, same, 1e-2, 15, 0.0).steps > 8
+        assert compiled == []
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
 def test_a_good_preconditioner_saves_steps():
     with jax.enable_x64(True):
         A, b = matrix(), np.random.default_rng(3).normal(size=(2, 30))

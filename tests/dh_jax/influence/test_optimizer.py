@@ -276,13 +276,15 @@ def test_what_is_broken_is_named():
     def without_token_0(batch):
         return batch._replace(tokens_BT=batch.tokens_BT.clip(min=1))
 
-    clean = {name: without_token_0(batch) for name, batch in sources.items()}
+    clean, unread = (
+        {name: without_token_0(batch) for name, batch in rows.items()} for rows in (sources, probes)
+    )
     with pytest.raises(DataError, match="source 'second': none of its 8 rows"):
         attempt(sources=sources | {"second": blank(sources["second"])})
     with pytest.raises(DataError, match="probe 'first': none of its 8 rows"):
         attempt(probes=probes | {"first": blank(probes["first"])})
     with pytest.raises(DataError, match=r"gradient is not finite for source 'noise' \(. of 8"):
-        attempt(poisoned(params), sources=clean | {"noise": sources["noise"]})
+        attempt(poisoned(params), sources=clean | {"noise": sources["noise"]}, probes=unread)
     with pytest.raises(DataError, match="probe 'first': gradient is not finite"):
         attempt(poisoned(params), sources=clean)
     with pytest.raises(ConfigError, match="no rows for probe 'second'"):

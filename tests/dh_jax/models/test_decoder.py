@@ -227,11 +227,11 @@ def test_loss_in_chunks_equals_loss_at_once(chunk: int) -> None:
     assert not losses(batch, chunk)[~batch.loss_mask_BT].any()
 
 
-def test_no_table_of_all_tokens_by_vocabulary_is_held_even_backwards() -> None:
+def test_no_table_of_all_tokens_by_vocabulary_is_held_even_backwards(monkeypatch: Any) -> None:
     graph, params = model(layers=1)
     batch = some_batch()
 
-    def largest(chunk: int) -> int:
+    def largest(chunk: int | None) -> int:
         """Elements of the largest array whose last axis is the vocabulary."""
         loss = decoder.loss_fn(graph, chunk)
         step = jax.jit(jax.grad(lambda p: loss(p, batch, KEY).sum()))
@@ -240,6 +240,8 @@ def test_no_table_of_all_tokens_by_vocabulary_is_held_even_backwards() -> None:
 
     assert largest(150) == 150 * V
     assert largest(30) == 30 * V
+    monkeypatch.setattr(decoder, "LOSS_TABLE", 60 * V)
+    assert largest(None) == 60 * V
 
 
 def test_gradient_is_finite_with_rows_of_padding_only() -> None:

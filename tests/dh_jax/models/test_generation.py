@@ -59,7 +59,7 @@ def test_greedy_tokens_are_those_of_whole_forward_passes(case: str) -> None:
     found = generate(graph, params, prompts(), N, stop_ids=[-1])
     assert found.tokens_BN.shape == (3, N) and found.lengths_B.tolist() == [N] * 3
     np.testing.assert_array_equal(found.tokens_BN, without_cache(graph, params, prompts(), N))
-    assert len(set(found.tokens_BN.flat)) > (8 if "tied" not in case else 1)
+    assert len(set(found.tokens_BN.flat)) > (4 if "tied" not in case else 1)
 
 
 @slow

@@ -1,0 +1,1 @@
+"""`dh influence`: which documents helped or harmed which probes, from a config to a report."""

@@ -1,0 +1,241 @@
+"""What each command of ``dh`` does: composes, calls, prints. It computes nothing itself.
+
+Modules are imported when a command needs them, so that ``dh --help`` stays quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from dh_jax.errors import ConfigError
+
+EXIT_INTERRUPTED = 130
+
+
+def train(options: argparse.Namespace) -> int:
+    train = module("train")
+    run = train.check(module("compose").compose_run(options.overrides))
+    if options.dry_run:
+        console = _console()
+        module("console").print_price(module("pricing").price_run(run), console)
+        return 0
+    # Before anything touches a device; beside the first process none speaks but of errors.
+    console = _console(quiet=module("distributed.processes").join(run.mesh) > 0)
+    with module("progress").TrainProgress(run.training.steps, console) as progress:
+        command = " ".join([f"dh {options.command}", *options.overrides])
+        facts = train.train(run, listeners=(progress,), command=command)
+    if facts["status"] != "finished":
+        console.print(
+            f"stopped at step {facts['step']}; go on with the same command and resume=true"
+        )
+        return EXIT_INTERRUPTED
+    console.print(f"finished; `dh report {run.out}` shows it")
+    return 0
+
+
+def influence(options: argparse.Namespace) -> int:
+    schema = module("attribution.config").AttributionConfig
+    config = module("compose").compose("attribution", schema, options.overrides)
+    console, looks = _console(), module("console")
+    if options.dry_run:
+        price = module("attribution.price").price_influence(config)
+        looks.print_influence_price(price, console)
+        return 0
+    command = shlex.join(["dh", "influence", *options.overrides])
+    with module("progress").InfluenceProgress(console) as progress:
+        facts = module("attribution.command").influence(config, listener=progress, command=command)
+    console.print(f"{facts['scored']:,} documents scored; {facts['report']} shows them")
+    return 0
+
+
+def mix(options: argparse.Namespace) -> int:
+    config = module("compose").compose_search(options.overrides)
+    search, console, folder = module("search"), _console(), Path(config.out)
+    try:
+        with module("progress").SearchProgress(console) as progress:
+            finding = search.find_weights(config, progress)
+    except KeyboardInterrupt:
+        console.print("interrupted; go on with the same command and resume=true")
+        return EXIT_INTERRUPTED
+    search.write_search_report(config, finding, folder / "report.html")
+    module("console").print_finding(finding, console)
+    console.print(f"`dh train data={folder / 'data.yaml'}` takes them; {folder / 'report.html'}")
+    return 0
+
+
+def distill(options: argparse.Namespace) -> int:
+    caching = options.overrides[:1] == ["cache"]
+    distilling, compose = module("distilling"), module("compose")
+    options.overrides = distilling.with_defaults(options.overrides[1 if caching else 0 :])
+    if not caching:
+        distilling.refuse_without_teacher(compose.compose_run(options.overrides))
+        return train(options)
+    console = _console()
+    with console.status("the teacher is read") as status:
+
+        def progress(source: str, entries: int) -> None:
+            status.update(f"{source}: {entries:,} tokens")
+
+        cached = distilling.make_cache(compose.compose_run(options.overrides), progress)
+    entries = sum(shard["entries"] for shard in cached.manifest["shards"])
+    size = sum(path.stat().st_size for path in cached.folder.rglob("*.safetensors"))
+    console.print(
+        f"{cached.folder}: {len(cached):,} pieces, {entries:,} tokens, "
+        f"{size / max(entries, 1):.1f} bytes a token"
+    )
+    return 0
+
+
+def prepare(options: argparse.Namespace) -> int:
+    run = module("compose").compose_run(options.overrides)
+    console = _console(stderr=options.json)
+    start = time.perf_counter()
+    with module("progress").PrepareProgress(console) as progress:
+        store = module("data.prepare").prepare(run.data, backend=options.backend, progress=progress)
+    seconds = time.perf_counter() - start
+    verified = store.verify() if options.verify else None
+    if options.json:
+        totals = {"store": str(store.folder), "seconds": round(seconds, 3), "verified": verified}
+        print(json.dumps({**totals, "sources": store.totals()}))
+        return 0
+    module("console").print_store(store, console)
+    if verified is not None:
+        console.print(f"{verified} shards verified")
+    return 0
+
+
+def inspect(options: argparse.Namespace) -> int:
+    run = module("compose").compose_run(options.overrides)
+    found = module("inspection.preview").preview(
+        run.data, split=options.split, batches=options.batches, rows=options.rows,
+        documents=options.documents,
+    )  # fmt: skip
+    if options.html is not None:
+        module("inspection.page").write_preview(found, run.data, options.html)
+        print(options.html)
+    elif options.json:
+        print(module("inspection.rows").to_json(found))
+    else:
+        module("inspection.terminal").print_preview(found, _console())
+    return 0
+
+
+def show(options: argparse.Namespace) -> int:
+    run = module("compose").compose_run(options.overrides)
+    lookup, rows = module("inspection.lookup"), module("inspection.rows")
+    document = rows.parse_document(options.document)
+    with _console(stderr=True).status("looking for the document") as status:
+
+        def progress(source: str, documents: int) -> None:
+            status.update(f"reading {source}: {documents:,} documents")
+
+        found = lookup.find_document(run.data, document, progress=progress)
+        if found.where is None and not options.no_record:
+            found = lookup.find_record(run.data, found, progress=progress)
+    if options.json:
+        print(rows.to_json(found))
+    else:
+        module("inspection.terminal").print_found(found, _console())
+    return 0
+
+
+def replay(options: argparse.Namespace) -> int:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the run may still hold the accelerator
+    with _console(stderr=True).status("reading the run") as status:
+        found = module("inspection.replay").replay(
+            options.folder, options.step, store=options.store, rows=options.row,
+            progress=lambda step: status.update(f"replaying step {step:,} of {options.step:,}"),
+        )  # fmt: skip
+    if options.json:
+        print(module("inspection.rows").to_json(found, without=("batch", "origins")))
+    else:
+        module("inspection.terminal").print_replay(found, _console())
+    return 0
+
+
+def report(options: argparse.Namespace) -> int:
+    module("report").write_report(options.runs, options.out, title=options.title)
+    print(options.out)
+    return 0
+
+
+def convert(options: argparse.Namespace) -> int:
+    print(
+        module("models.gguf").convert_gguf(
+            options.file, options.out, tokenizer=options.tokenizer, dtype=options.dtype
+        )
+    )
+    return 0
+
+
+def generate(options: argparse.Namespace) -> int:
+    prompts = options.prompts or [sys.stdin.read().removesuffix("\n")]
+    if options.samples < 1:
+        raise ConfigError(f"--samples is {options.samples}; the least is 1")
+    completion, console = module("completion"), module("console")
+    with _console(stderr=True).status("reading the model"):
+        model = completion.open_model(
+            options.model, tokenizer=options.tokenizer, dtype=options.dtype
+        )
+    sampling = module("models.generation").Sampling(
+        options.temperature, options.top_k, options.top_p
+    )
+    prompts = [prompt for prompt in prompts for _ in range(options.samples)]
+    written = completion.complete(
+        model, prompts, new_tokens=options.tokens, chat=options.chat, system=options.system,
+        sampling=sampling, seed=options.seed,
+    )  # fmt: skip
+    if options.json:
+        *_, last = written
+        print(json.dumps([
+            {"prompt": prompt, "text": text, "tokens": tokens, "stop": stop}
+            for prompt, text, tokens, stop in zip(prompts, *last[:3], strict=True)
+        ]))  # fmt: skip
+        return 0
+    console.print_written(prompts, written, chat=options.chat, console=_console(highlight=False))
+    return 0
+
+
+def export(options: argparse.Namespace) -> int:
+    print(
+        module("export").export_run(
+            options.folder, options.out, dtype=options.dtype, adapters=options.adapters
+        )
+    )
+    return 0
+
+
+def configs(_: argparse.Namespace) -> int:
+    config = module("config")
+    print(config.config_folder())
+    for group, names in config.list_configs().items():
+        print(f"{group:<12} {', '.join(names)}")
+    return 0
+
+
+def demo(options: argparse.Namespace) -> int:
+    if options.seeds < 1:
+        raise ConfigError(f"--seeds is {options.seeds}; the least is 1")
+    demo = module("demo.study")
+    report = demo.run_demo(
+        options.folder, steps=options.steps, seeds=options.seeds, console=_console()
+    )
+    print(report)
+    return 0
+
+
+def module(name: str) -> Any:
+    """A module of the library, imported when a command needs it: `--help` stays quick."""
+    return importlib.import_module(f"dh_jax.{name}")
+
+
+def _console(**settings: Any) -> Any:
+    return importlib.import_module("rich.console").Console(**settings)
