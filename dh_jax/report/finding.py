@@ -22,6 +22,7 @@ from dh_jax.report.statistics import (
     target_weights,
     warnings,
 )
+from dh_jax.report.teaching import DISTILLED
 
 
 def summarise(runs: Sequence[Run]) -> Summary:
@@ -78,8 +79,14 @@ def _headline(
         for d in told:
             groups.setdefault(_verb(d), []).append(d.baseline)
         verbs = "; it ".join(f"{verb} {join(b)}{rest}" for (verb, rest), b in groups.items())
-        parts.append(f"On held-out {join(list(targets))}, mixing steered by {name} {verbs}.")
+        subject = f"mixing steered by {name}" if moves(name) else "a student of its teacher"
+        parts.append(f"On held-out {join(list(targets))}, {subject} {verbs}.")
     return " ".join(parts)
+
+
+def moves(policy: str) -> bool:
+    """Whether a policy, as a report names it, moves the mixture."""
+    return policy.removesuffix(DISTILLED) not in BASELINES
 
 
 def _verb(d: Difference) -> tuple[str, str]:
@@ -126,7 +133,7 @@ def _sentences(
     for base in dict.fromkeys((d.steered, d.baseline) for d in differences):
         rest = [d for d in differences if (d.steered, d.baseline) == base]
         said += _elsewhere([d for d in rest if d.domain and d.domain not in targets])
-    for name in (n for n in clocks if n not in BASELINES):
+    for name in filter(moves, clocks):
         if clocks[name].total > 0:
             spent = clocks[name].seconds.get("reweight", 0.0)
             said.append(

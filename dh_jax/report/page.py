@@ -82,7 +82,7 @@ def render(runs: Sequence[Run], summary: Summary, title: str | None = None) -> s
     return environment.get_template("page.html").render(
         title=title or default_title(runs),
         summary=summary,
-        steered=plots.steered(summary.policies),
+        steered=[name for name in summary.policies if finding.moves(name)],
         groups=groups,
         runs=ordered,
         best=best(summary),

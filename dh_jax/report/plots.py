@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from dh_jax import viz
 from dh_jax.report.finding import join
 from dh_jax.report.runs import Documents, Run, tokens_at
-from dh_jax.report.statistics import BASELINES, Summary, clock, target_loss
+from dh_jax.report.statistics import Summary, clock, target_loss
 
 WIDE, NARROW = 840, 372  # CSS pixels; a phone gets the narrow drawing
 PHASES = {"train": "static", "eval": "uniform", "reweight": "policy-0",
@@ -354,8 +354,3 @@ def _documents(run: Run | None) -> Iterator[tuple[str, Drawing]]:
         "loss (helps), right of 0 it raises it (harms).",
         lambda width: viz.strips(groups, width, unit="influence on the loss (left helps)"),
     )
-
-
-def steered(policies: Sequence[str]) -> list[str]:
-    """Those policies that are not baselines."""
-    return [name for name in policies if name not in BASELINES]
