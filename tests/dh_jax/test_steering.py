@@ -77,6 +77,7 @@ def records(out: Path, kind: str) -> list[dict[str, Any]]:
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
+@pytest.mark.slow
 def test_a_steered_run_compiles_nothing_behind_its_second_step(
     make_run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

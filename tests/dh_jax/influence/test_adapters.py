@@ -75,6 +75,7 @@ def test_datainf_and_the_damped_fisher_of_adapters_are_their_formulas():
     assert np.linalg.norm(got - want) < 1e-4 * np.linalg.norm(want)
 
 
+@pytest.mark.slow
 def test_features_of_adams_steps_are_those_of_an_update_on_each_document():
     optax = pytest.importorskip("optax")
     loss, adapters, train, probe, g, v = problem()

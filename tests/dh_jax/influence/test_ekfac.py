@@ -182,6 +182,7 @@ def test_all_labels_are_what_many_samples_tend_to():
         ekfac(tapped_tiny.TAPPED, scope, labels="all").fit(params, [rows(3, 6)[1]], KEY)
 
 
+@pytest.mark.slow
 def test_sampled_labels_are_the_same_for_the_same_key():
     params = tapped_tiny.make_params(KEY)
     batches = cut(rows(4, 4)[1], 2, 2)

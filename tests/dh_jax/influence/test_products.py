@@ -112,7 +112,9 @@ def test_products_equal_the_dense_matrix(curvature, reduction, dtype):
         assert np.abs(matrix - matrix.T).max() < 1e-12 * np.abs(matrix).max()
 
 
-@pytest.mark.parametrize("curvature", [*CURVATURES, "sampled_fisher"])
+@pytest.mark.parametrize(
+    "curvature", [*CURVATURES, pytest.param("sampled_fisher", marks=pytest.mark.slow)]
+)
 def test_products_are_symmetric_and_a_stack_is_its_vectors(curvature):
     params = tiny.sequence_params(KEY)
     apply = operator(params, [documents()], curvature)
@@ -128,7 +130,10 @@ def test_products_are_symmetric_and_a_stack_is_its_vectors(curvature):
         assert (np.diag(x @ y.T) > 0).all()
 
 
-@pytest.mark.parametrize("curvature", CURVATURES)
+@pytest.mark.parametrize(
+    "curvature",
+    [c if c == "gauss_newton" else pytest.param(c, marks=pytest.mark.slow) for c in CURVATURES],
+)
 def test_how_data_is_split_does_not_matter(curvature):
     params = tiny.sequence_params(KEY)
     batch, vectors = documents(), stacked(params, 3, jnp.float32)
@@ -139,6 +144,7 @@ def test_how_data_is_split_does_not_matter(curvature):
         assert error.max() < 1e-6
 
 
+@pytest.mark.slow
 def test_sampled_fisher_tends_to_the_gauss_newton_matrix():
     """The mean over many draws; documents of several targets, so cross terms must cancel."""
     params = tiny.sequence_params(KEY)

@@ -186,6 +186,7 @@ def test_equals_of_the_last_token_kept_are_kept_too() -> None:
     assert np.isfinite(truncate(logits, Sampling(1.0, 1, None))).sum() == 1
 
 
+@pytest.mark.slow
 def test_pairs_of_tokens_are_drawn_with_their_exact_probabilities() -> None:
     """Chi-square over all pairs: the second token's distribution comes from the cache."""
     from scipy.stats import chi2
