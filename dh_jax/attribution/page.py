@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from omegaconf import OmegaConf
 
@@ -16,7 +15,7 @@ from dh_jax.attribution.findings import EVERY, LEVELS, Findings, Shown
 from dh_jax.influence.estimator import ENOUGH
 from dh_jax.inspection.rows import visible
 from dh_jax.report import finding
-from dh_jax.report.page import stylesheet, write_page
+from dh_jax.report.page import page_template, stylesheet, write_page
 from dh_jax.report.plots import NARROW, WIDE, Drawing
 
 HERE = Path(__file__).resolve().parent
@@ -36,18 +35,16 @@ def write_report(path: Path, findings: Findings, facts: Mapping[str, Any]) -> No
 
 def render(findings: Findings, facts: Mapping[str, Any]) -> str:
     """The page as text."""
-    environment = Environment(
-        loader=FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    template = page_template(
+        HERE,
+        amount=finding.amount,
+        percent=finding.percent,
+        duration=duration,
+        figure=figures(findings),
+        first_words=first_words,
+        visible=visible,
     )
-    environment.filters.update(
-        amount=finding.amount, percent=finding.percent, duration=duration,
-        figure=figures(findings), first_words=first_words, visible=visible,
-    )  # fmt: skip
-    return environment.get_template("page.html").render(
+    return template.render(
         findings=findings,
         facts=facts,
         config=facts["config"],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from omegaconf import OmegaConf
 
@@ -14,7 +13,7 @@ from dh_jax.config import DataConfig
 from dh_jax.inspection.preview import Preview
 from dh_jax.inspection.rows import Segment, Span, excerpt, visible
 from dh_jax.report import finding
-from dh_jax.report.page import stylesheet, write_page
+from dh_jax.report.page import page_template, stylesheet, write_page
 from dh_jax.report.plots import NARROW, WIDE, Drawing
 
 HERE = Path(__file__).resolve().parent
@@ -35,17 +34,10 @@ def write_preview(preview: Preview, config: DataConfig, out: Path) -> None:
 
 def render(preview: Preview, config: DataConfig) -> str:
     """The page as text."""
-    environment = Environment(
-        loader=FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    template = page_template(
+        HERE, amount=finding.amount, percent=finding.percent, shown=shown, visible=visible
     )
-    environment.filters.update(
-        amount=finding.amount, percent=finding.percent, shown=shown, visible=visible
-    )
-    return environment.get_template("page.html").render(
+    return template.render(
         preview=preview,
         headline=headline(preview),
         lengths=lengths(preview),

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from dh_jax import viz
@@ -57,18 +57,26 @@ def write_report(folders: Sequence[Path], out: Path, *, title: str | None = None
     return summary
 
 
-def render(runs: Sequence[Run], summary: Summary, title: str | None = None) -> str:
-    """The page as text."""
-    groups = by_policy(runs)
-    ordered = [run for group in groups.values() for run in group]
+def page_template(folder: Path, **filters: Callable[..., Any]) -> Template:
+    """The ``page.html`` of a folder. Whatever it is given is escaped, and a name that it is not
+    given is an error."""
     environment = Environment(
-        loader=FileSystemLoader(HERE),
+        loader=FileSystemLoader(folder),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
+    environment.filters.update(filters)
+    return environment.get_template("page.html")
+
+
+def render(runs: Sequence[Run], summary: Summary, title: str | None = None) -> str:
+    """The page as text."""
+    groups = by_policy(runs)
+    ordered = [run for group in groups.values() for run in group]
+    template = page_template(
+        HERE,
         number=finding.number,
         signed=finding.signed,
         percent=finding.percent,
@@ -79,7 +87,7 @@ def render(runs: Sequence[Run], summary: Summary, title: str | None = None) -> s
     )
     scored = plots.scored_run(groups)
     sources = plots.all_sources(groups)
-    return environment.get_template("page.html").render(
+    return template.render(
         title=title or default_title(runs),
         summary=summary,
         steered=[name for name in summary.policies if finding.moves(name)],

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
@@ -16,7 +15,7 @@ from omegaconf import OmegaConf
 from dh_jax import viz
 from dh_jax.config import public_run
 from dh_jax.report import finding as words
-from dh_jax.report.page import stylesheet, write_page
+from dh_jax.report.page import page_template, stylesheet, write_page
 from dh_jax.report.plots import NARROW, WIDE, Drawing
 from dh_jax.search.config import SearchRunConfig
 from dh_jax.search.find import Finding
@@ -48,17 +47,10 @@ def write_search_report(config: SearchRunConfig, finding: Finding, out: Path) ->
 
 def render(config: SearchRunConfig, finding: Finding) -> str:
     """The page as text."""
-    environment = Environment(
-        loader=FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(number=words.number, signed=words.signed, percent=words.percent)
+    template = page_template(HERE, number=words.number, signed=words.signed, percent=words.percent)
     training = config.training
     aim = words.join(list(finding.targets))
-    return environment.get_template("page.html").render(
+    return template.render(
         name=config.data.name or "data",
         method=METHODS[finding.method],
         finding=finding,
