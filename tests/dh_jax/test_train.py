@@ -146,10 +146,8 @@ def test_another_config_or_an_occupied_folder_is_refused_in_one_line(
     assert "training.batch_size (was 4, now 8)" in said and "Traceback" not in said
 
 
-@pytest.mark.parametrize(
-    "mesh",
-    [pytest.param({"fsdp": -1}, marks=pytest.mark.slow), {"data": 2, "fsdp": 2, "tensor": 2}],
-)
+@pytest.mark.slow  # tests/dh_jax/distributed/test_training.py trains on meshes in the suite
+@pytest.mark.parametrize("mesh", [{"fsdp": -1}, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_a_mesh_of_eight_devices_gives_the_losses_of_one(
     mesh: dict[str, int], make_config: Any, store: Path, tmp_path: Path
 ) -> None:
