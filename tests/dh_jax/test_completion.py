@@ -61,6 +61,7 @@ def test_text_goes_in_and_the_likeliest_text_comes_out(
         assert f"{found.lengths_B[0]} tokens" in shown.err
 
 
+@pytest.mark.slow
 def test_a_runs_newest_checkpoint_writes(
     make_config: Any, tokenizer: TokenizerWrapper, tmp_path: Path, capsys: Any
 ) -> None:

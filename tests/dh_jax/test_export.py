@@ -68,6 +68,7 @@ def test_transformers_computes_what_the_run_computed(
         export_run(run, tmp_path / "adapters", adapters=True)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_exported_is_refused(config: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no config\.yaml there"):
         export_run(tmp_path, tmp_path / "out")

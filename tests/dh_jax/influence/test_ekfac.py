@@ -141,6 +141,7 @@ def test_scores_equal_the_literal_formula(strategy, dtype):
     ]
 
 
+@pytest.mark.slow
 def test_without_curvature_in_the_way_scores_are_gradient_products():
     """The identity strategy: damping so large that nothing else remains."""
     params, (train, probe, other), (_, v, k) = problem()

@@ -70,6 +70,7 @@ def test_bfloat16_writes_nearly_what_whole_forward_passes_do() -> None:
     assert (found == without_cache(graph, params, prompts(), 4)).mean() > 0.7
 
 
+@pytest.mark.slow
 def test_adapters_write_as_their_merged_weights_do() -> None:
     graph, base = build(SMALL)
     config = LoraConfig(rank=2, targets="query$|mlp/up$")
