@@ -80,7 +80,6 @@ def test_the_manifest_counts_what_the_files_hold(built: Path) -> None:
     }  # fmt: skip
 
 
-@pytest.mark.slow
 def test_builds_are_equal_byte_for_byte_whatever_the_process_and_its_hash_seed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
