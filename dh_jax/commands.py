@@ -24,14 +24,20 @@ def train(options: argparse.Namespace) -> int:
     train = module("train")
     run = train.check(module("compose").compose_run(options.overrides))
     if options.dry_run:
-        console = _console()
-        module("console").print_price(module("pricing").price_run(run), console)
+        price = module("pricing").price_run(run)
+        if options.json:
+            print(module("inspection.rows").to_json(price))
+        else:
+            module("console").print_price(price, _console())
         return 0
     # Before anything touches a device; beside the first process none speaks but of errors.
-    console = _console(quiet=module("distributed.processes").join(run.mesh) > 0)
+    quiet = module("distributed.processes").join(run.mesh) > 0
+    console = _console(quiet=quiet, stderr=options.json)
     with module("progress").TrainProgress(run.training.steps, console) as progress:
         command = " ".join([f"dh {options.command}", *options.overrides])
         facts = train.train(run, listeners=(progress,), command=command)
+    if options.json and not quiet:
+        print(json.dumps(facts))
     if facts["status"] != "finished":
         console.print(
             f"stopped at step {facts['step']}; go on with the same command and resume=true"
@@ -44,21 +50,27 @@ def train(options: argparse.Namespace) -> int:
 def influence(options: argparse.Namespace) -> int:
     schema = module("attribution.config").AttributionConfig
     config = module("compose").compose("attribution", schema, options.overrides)
-    console, looks = _console(), module("console")
+    console, looks = _console(stderr=options.json), module("console")
     if options.dry_run:
         price = module("attribution.price").price_influence(config)
-        looks.print_influence_price(price, console)
+        if options.json:
+            print(module("inspection.rows").to_json(price))
+        else:
+            looks.print_influence_price(price, console)
         return 0
     command = shlex.join(["dh", "influence", *options.overrides])
     with module("progress").InfluenceProgress(console) as progress:
         facts = module("attribution.command").influence(config, listener=progress, command=command)
+    if options.json:
+        print(json.dumps(facts))
     console.print(f"{facts['scored']:,} documents scored; {facts['report']} shows them")
     return 0
 
 
 def mix(options: argparse.Namespace) -> int:
     config = module("compose").compose_search(options.overrides)
-    search, console, folder = module("search"), _console(), Path(config.out)
+    search, folder = module("search"), Path(config.out)
+    console = _console(stderr=options.json)
     try:
         with module("progress").SearchProgress(console) as progress:
             finding = search.find_weights(config, progress)
@@ -66,6 +78,8 @@ def mix(options: argparse.Namespace) -> int:
         console.print("interrupted; go on with the same command and resume=true")
         return EXIT_INTERRUPTED
     search.write_search_report(config, finding, folder / "report.html")
+    if options.json:
+        print(module("inspection.rows").to_json(finding))
     module("console").print_finding(finding, console)
     console.print(f"`dh train data={folder / 'data.yaml'}` takes them; {folder / 'report.html'}")
     return 0
@@ -78,7 +92,7 @@ def distill(options: argparse.Namespace) -> int:
     if not caching:
         distilling.refuse_without_teacher(compose.compose_run(options.overrides))
         return train(options)
-    console = _console()
+    console = _console(stderr=options.json)
     with console.status("the teacher is read") as status:
 
         def progress(source: str, entries: int) -> None:
@@ -87,6 +101,9 @@ def distill(options: argparse.Namespace) -> int:
         cached = distilling.make_cache(compose.compose_run(options.overrides), progress)
     entries = sum(shard["entries"] for shard in cached.manifest["shards"])
     size = sum(path.stat().st_size for path in cached.folder.rglob("*.safetensors"))
+    if options.json:
+        facts = {"cache": str(cached.folder), "pieces": len(cached), "tokens": entries}
+        print(json.dumps(facts | {"bytes": size}))
     console.print(
         f"{cached.folder}: {len(cached):,} pieces, {entries:,} tokens, "
         f"{size / max(entries, 1):.1f} bytes a token"
@@ -213,11 +230,35 @@ def export(options: argparse.Namespace) -> int:
     return 0
 
 
-def configs(_: argparse.Namespace) -> int:
+def configs(options: argparse.Namespace) -> int:
     config = module("config")
+    if options.show:
+        shown = module("compose").show(options.overrides)
+        print(json.dumps(shown) if options.json else module("compose").as_yaml(shown), end="")
+        return 0
+    groups = config.list_configs()
+    if options.json:
+        print(json.dumps({"folder": str(config.config_folder()), "groups": groups}))
+        return 0
     print(config.config_folder())
-    for group, names in config.list_configs().items():
+    for group, names in groups.items():
         print(f"{group:<12} {', '.join(names)}")
+    return 0
+
+
+def doctor(options: argparse.Namespace) -> int:
+    found = module("doctor").examine(options.addresses)
+    if options.json:
+        print(json.dumps(found))
+    else:
+        module("console").print_examination(found, _console(highlight=False))
+    return 1 if found["problems"] else 0
+
+
+def completion(options: argparse.Namespace) -> int:
+    configs = module("config").list_configs()
+    parser = module("cli").build_parser()
+    print(module("shell_words").completion_script(options.shell, parser, configs), end="")
     return 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -22,6 +22,7 @@ from dh_jax.config import (
     config_folder,
     explain,
     list_configs,
+    public_run,
     suggest,
     validate_data,
 )
@@ -108,3 +109,35 @@ def _one_line(error: Exception, schema: type) -> str:
     if isinstance(error, OmegaConfBaseException):
         return explain(error, schema, "config")
     return " ".join(str(error).split())
+
+
+# --- showing -----------------------------------------------------------------------------------
+
+# Groups that only other commands than `dh train` read.
+OTHER_ROOTS: dict[str, tuple[str, type[Any]]] = {
+    "estimator": ("attribution", AttributionConfig),
+    "queries": ("attribution", AttributionConfig),
+    "search": ("mix", SearchRunConfig),
+    "distributed": ("torch_train", TorchRunConfig),
+}
+
+
+def show(overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The composed config: of the groups that the overrides choose, or whole if they choose none.
+
+    Options of file systems, which may hold secrets, are left out.
+
+    Raises:
+        ConfigError: as `compose`.
+    """
+    keys = [override.partition("=")[0].lstrip("+~") for override in overrides]
+    groups = [key.partition(".")[0] for key in keys]
+    root, schema = next((OTHER_ROOTS[g] for g in groups if g in OTHER_ROOTS), ("train", RunConfig))
+    whole = public_run(compose(root, schema, overrides))
+    chosen = [key for key in keys if key in list_configs() and key in whole]
+    return {key: whole[key] for key in chosen} if chosen else whole
+
+
+def as_yaml(config: dict[str, Any]) -> str:
+    """A shown config as it would stand in a file."""
+    return OmegaConf.to_yaml(OmegaConf.create(config))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dh_jax.attribution.price import Price as InfluencePrice
 from dh_jax.config import SPLITS
@@ -55,6 +56,34 @@ def print_finding(finding: Finding, console: Console) -> None:
     for name, loss in (finding.measured or {}).items():
         said = f", predicted {finding.predicted[name]:.3f}" if finding.predicted else ""
         console.print(f"loss with the weights {name}: {loss:.3f} nats a token{said}")
+
+
+def print_examination(found: dict[str, Any], console: Console) -> None:
+    """What `dh doctor` found: what is here, what is missing and the command, and problems last."""
+    table = Table.grid(padding=(0, 2))
+    versions = "  ".join(f"{n} {v}" for n, v in found["versions"].items() if v is not None)
+    memory = found["memory"]
+    rows = {
+        "versions": f"python {found['python']}  {versions}",
+        "devices": ", ".join(found["devices"]) or "none",
+        "memory": f"{memory['available']} of {memory['total']} GiB available, "
+        f"{found['cores']} cores, {found['disk_free']} GiB of disk free here",
+        "hub": f"{found['hub']['address']} {found['hub']['answer']}",
+        **found["addresses"],
+    }
+    for name, said in rows.items():
+        table.add_row(name, Text(said))
+    console.print(table)
+    if found["extras"]:
+        console.print("\nwhat is not installed, each for those who need it:")
+        for extra in found["extras"].values():  # whole lines, to be copied
+            said = f"  {extra['install']:<36} {', '.join(extra['missing'])}"
+            console.print(Text(said), soft_wrap=True)
+    console.print("")
+    for problem in found["problems"]:
+        console.print(Text(f"problem: {problem}"), soft_wrap=True)
+    if not found["problems"]:
+        console.print("no problem found")
 
 
 def print_store(store: TokenStore, console: Console) -> None:

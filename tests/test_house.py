@@ -64,7 +64,9 @@ FLOORS = {
     "dh_jax.compose": 5,
     "dh_jax.console": 5,
     "dh_jax.demo": 5,
+    "dh_jax.doctor": 5,
     "dh_jax.progress": 5,
+    "dh_jax.shell_words": 5,
     "dh_jax": 6,  # the face of the whole; nobody inside looks at it
     "dh_torch_bridge": 7,
     "hydra_plugins": 7,

@@ -1,0 +1,155 @@
+"""`dh doctor`: what is here, what is missing, and the command that mends it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+DISTRIBUTION = "data-handler"
+SHOWN = ("jax", "jaxlib", "flax", "optax", "grain", "transformers", "torch")
+HUB, HUB_VARIABLE = "https://huggingface.co", "HF_ENDPOINT"
+TIMEOUT = 5.0  # seconds that an address may take to answer
+_EXTRA = re.compile(r"""extra\s*==\s*["']([^"']+)["']""")
+_NAME = re.compile(r"[A-Za-z0-9._-]+")
+
+
+def examine(addresses: Sequence[str] = ()) -> dict[str, Any]:
+    """Look at everything; nothing is changed and nothing but the addresses is asked.
+
+    Args:
+        addresses: of data (``s3://...``, a path, ``https://...``) that should be reachable.
+
+    Returns:
+        Fit for JSON: ``versions``, ``devices``, ``memory`` (GiB), ``hub``, ``addresses``,
+        ``extras`` (what each lacks, and the command), ``problems`` (in words).
+    """
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in (DISTRIBUTION, *SHOWN)},
+    }
+    problems = [
+        f"{name} is missing; install it: {sys.executable} -m pip install {DISTRIBUTION}"
+        for name in missing(None)
+    ]
+    found["devices"], trouble = devices()
+    problems += trouble
+    found["memory"] = memory()
+    found["cores"] = len(os.sched_getaffinity(0))
+    found["disk_free"] = round(shutil.disk_usage(Path.cwd()).free / 2**30, 1)
+    hub = os.environ.get(HUB_VARIABLE, HUB)
+    found["hub"] = {"address": hub, "answer": ask(hub)}
+    found["addresses"] = {address: reach(address) for address in addresses}
+    problems += [
+        f"{address}: {said}" for address, said in found["addresses"].items() if said != "reached"
+    ]
+    found["extras"] = {
+        name: {"missing": lacks, "install": f"pip install '{DISTRIBUTION}[{name}]'"}
+        for name in extras()
+        if (lacks := missing(name))
+    }
+    found["problems"] = problems
+    return found
+
+
+def version(name: str) -> str | None:
+    """The installed version of a distribution; None where there is none."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def extras() -> list[str]:
+    """The extras of this distribution, sorted; those of developers left out."""
+    known = importlib.metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or []
+    return sorted(set(known) - {"dev", "docs"})
+
+
+def missing(extra: str | None) -> list[str]:
+    """Distributions that an extra (None: the library itself) needs and that are not installed."""
+    lacks = []
+    for requirement in importlib.metadata.requires(DISTRIBUTION) or []:
+        text, _, marker = requirement.partition(";")
+        of = _EXTRA.search(marker)
+        name = _NAME.match(text.strip())
+        if (of[1] if of else None) == extra and name and version(name[0]) is None:
+            lacks.append(name[0])
+    return lacks
+
+
+def cure_of(error: ImportError) -> str | None:
+    """One line for a library that is missing and that an extra brings; None for any other fault."""
+    name = (error.name or "").partition(".")[0]
+    said = " ".join(str(error).split())
+    for extra in extras():
+        for lacking in missing(extra):
+            module = lacking.replace("-", "_").lower()
+            if name.lower() == module or (not name and lacking.lower() in said.lower()):
+                return f"{lacking} is not installed; pip install '{DISTRIBUTION}[{extra}]'"
+    return None
+
+
+def devices() -> tuple[list[str], list[str]]:
+    """Devices that JAX sees, and what keeps it from seeing any."""
+    try:
+        jax = importlib.import_module("jax")
+        return [f"{device.platform}: {device.device_kind}" for device in jax.devices()], []
+    except (ImportError, RuntimeError) as error:
+        words = " ".join(str(error).split())
+        return [], [f"JAX finds no device: {words}; JAX_PLATFORMS=cpu takes the processor"]
+
+
+def memory() -> dict[str, float]:
+    """``total`` and ``available`` memory of this machine in GiB."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    parts = {"total": "SC_PHYS_PAGES", "available": "SC_AVPHYS_PAGES"}
+    sizes = {name: os.sysconf(key) * page / 2**30 for name, key in parts.items()}
+    try:  # what the kernel would give up for us counts as available
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        sizes["available"] = next(
+            int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemAvailable")
+        )
+    except (OSError, StopIteration):
+        pass  # not a Linux with /proc: free pages alone
+    return {name: round(size, 1) for name, size in sizes.items()}
+
+
+def ask(address: str) -> str:
+    """``reached`` with the time it took, or why not, of a web address."""
+    start = time.perf_counter()
+    request = urllib.request.Request(address, method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT):
+            pass
+    except urllib.error.HTTPError:
+        pass  # it answered
+    except (OSError, ValueError) as error:
+        return f"not reached: {' '.join(str(error).split())}"
+    return f"reached in {1000 * (time.perf_counter() - start):.0f} ms"
+
+
+def reach(address: str) -> str:
+    """``reached``, or why a place of data cannot be: through the library that would read it."""
+    fsspec = importlib.import_module("fsspec")
+    try:
+        filesystem, path = fsspec.core.url_to_fs(address)
+        there = filesystem.exists(path)
+    except ImportError as error:
+        protocol = address.partition("://")[0]
+        extra = {"s3": "s3", "gs": "gs", "gcs": "gs", "http": "http", "https": "http"}.get(protocol)
+        cure = f"pip install '{DISTRIBUTION}[{extra}]'" if extra else str(error)
+        return f"a library is missing; {cure}"
+    except Exception as error:  # every file system has errors of its own; all are told
+        return f"not reached: {type(error).__name__}: {' '.join(str(error).split())}"
+    return "reached" if there else "answered, but there is nothing at this path"
