@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dh_jax.data.storage import EXTRAS
+
 DISTRIBUTION = "data-handler"
 SHOWN = ("jax", "jaxlib", "flax", "optax", "grain", "transformers", "torch")
 HUB, HUB_VARIABLE = "https://huggingface.co", "HF_ENDPOINT"
@@ -146,8 +148,7 @@ def reach(address: str) -> str:
         filesystem, path = fsspec.core.url_to_fs(address)
         there = filesystem.exists(path)
     except ImportError as error:
-        protocol = address.partition("://")[0]
-        extra = {"s3": "s3", "gs": "gs", "gcs": "gs", "http": "http", "https": "http"}.get(protocol)
+        extra = EXTRAS.get(address.partition("://")[0])
         cure = f"pip install '{DISTRIBUTION}[{extra}]'" if extra else str(error)
         return f"a library is missing; {cure}"
     except Exception as error:  # every file system has errors of its own; all are told

@@ -58,7 +58,8 @@ print(f"largest deviation over {len(drawn)} rows: planned {ours.max():.2f}, "
       f"drawn at random {by_chance.max():.2f}")
 viz.lines(
     [viz.Series("planned", viz.Style("source-0"), [(rows * 256.0, ours)]),
-     viz.Series("at random", viz.Style("source-5", viz.style.DASHES[1]), [(rows * 256.0, by_chance)])],
+     viz.Series("at random", viz.Style("source-5", viz.style.DASHES[1]),
+                [(rows * 256.0, by_chance)])],
     760, 280, heading="largest deviation of a source from its share, rows",
 )
 

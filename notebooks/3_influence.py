@@ -13,7 +13,7 @@
 #
 # A model has been trained on six kinds of text. Which of its documents made it better at
 # mathematics? Influence answers without training again: it asks how the loss on a probe would
-# change if a document counted a little more. Here you will train a small model, score several
+# change if a document counted a little more. Here you will train a small model, score some
 # hundred documents for three probes, read those at both ends, and then put the answer to the test.
 
 # %%
@@ -38,7 +38,7 @@ folder = Path(tempfile.mkdtemp())
 # %% [markdown]
 # ## A model
 #
-# The same call as `dh train data=demo model=tiny training.steps=120`: 1.1 million parameters, on a
+# The same call as `dh train data=demo model=tiny training.steps=80`: 1.1 million parameters, on a
 # laptop half a minute.
 
 # %%
@@ -47,8 +47,8 @@ from dh_jax.train import train
 
 records = []
 facts = train(
-    compose_run(["data=demo", "model=tiny", "training.steps=120", "training.batch_size=8",
-                 "training.eval_interval=40", "training.eval_rows=16", f"out={folder}/run"]),
+    compose_run(["data=demo", "model=tiny", "training.steps=80", "training.batch_size=8",
+                 "training.eval_interval=20", "training.eval_rows=16", f"out={folder}/run"]),
     listeners=(records.append,),
 )
 evals = [r for r in records if r["kind"] == "eval"]
@@ -71,8 +71,8 @@ from dh_jax.attribution.run import open_influence, score_documents
 
 probes = ["maths", "docs", "cpp"]
 config = compose("attribution", AttributionConfig, [
-    "data=demo", f"run={folder}/run", "estimator=ekfac", "estimator.fit_documents=96",
-    f"queries.probes=[{','.join(probes)}]", "documents=480", "top=6", "tinted=1",
+    "data=demo", f"run={folder}/run", "estimator=ekfac", "estimator.fit_documents=64",
+    f"queries.probes=[{','.join(probes)}]", "documents=256", "top=6", "tinted=1",
     "estimator.chunk=8", f"out={folder}/influence",
 ])
 opened = open_influence(config)
@@ -163,7 +163,7 @@ with dh_jax.get_loader(opened.config.data, batch_size=24, split="eval",
 
 @jax.jit
 def loss_on(params, batch):
-    loss_BT = model.objective.loss_fn(params, batch, jax.random.key(0))
+    loss_BT = model.objective.loss(params, batch, jax.random.key(0))
     return masked_mean(loss_BT, batch.loss_mask_BT)
 
 

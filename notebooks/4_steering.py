@@ -61,7 +61,7 @@ from dh_jax import DataInfCalculator, InfluenceAwareOptimizer
 from dh_jax.mixing.influence import influence
 from dh_jax.mixing.policy import static
 
-STEPS, ROWS, INTERVAL = 120, 8, 12
+STEPS, ROWS, INTERVAL = 72, 8, 8
 targets = {"maths": 0.5, "docs": 0.5}
 
 

@@ -47,11 +47,11 @@ if not (demo / "smollm2").exists():
 data = dh_jax.load_data_config({
     "name": "chapters", "tokenizer": str(demo / "smollm2"), "max_length": 128,
     "sources": {"prose": {"kind": "files", "paths": [str(demo / "corpora" / "prose.jsonl")],
-                          "max_documents": 12}},
-    "splits": {"probe": 0.0, "eval": 0.15},
+                          "max_documents": 8}},
+    "splits": {"probe": 0.0, "eval": 0.2},
 })
 tokenizer = dh_jax.TokenizerWrapper.load(data.tokenizer)
-loader = dh_jax.get_loader(data, batch_size=8)
+loader = dh_jax.get_loader(data, batch_size=4)
 batch = next(loader)
 batch
 
@@ -108,7 +108,7 @@ print(f"student {decoder.count_parameters(first):,} parameters, "
 # find the same token most probable, and how far the distributions are apart.
 
 # %%
-with dh_jax.get_loader(data, batch_size=8, split="eval") as held_out:
+with dh_jax.get_loader(data, batch_size=4, split="eval") as held_out:
     judge = to_device(next(held_out), mesh)
 
 
@@ -136,7 +136,7 @@ def run(objective, loader, steps, every):
     return told, float(np.median(seconds)), params
 
 
-live_told, live_seconds, _ = run(live, loader, steps=16, every=4)
+live_told, live_seconds, _ = run(live, loader, steps=8, every=4)
 loader.close()
 print(f"{live_seconds:.2f} s a step")
 
@@ -165,8 +165,8 @@ print(f"{entries:,} targets in {time.perf_counter() - start:.0f} s, "
 
 # %%
 from_cache = make_objective(student, None, Kind())
-with dh_jax.get_loader(data, batch_size=8, join=cached.join) as loader:
-    cached_told, cached_seconds, params = run(from_cache, loader, steps=64, every=8)
+with dh_jax.get_loader(data, batch_size=4, join=cached.join) as loader:
+    cached_told, cached_seconds, params = run(from_cache, loader, steps=48, every=8)
 print(f"{cached_seconds:.2f} s a step, {live_seconds / cached_seconds:.1f} times as fast as live")
 
 # %%
@@ -183,7 +183,7 @@ viz.teacher_agreement(
 # the cache kept. The entries' divergence is a lower bound of the whole.
 
 # %%
-with dh_jax.get_loader(data, batch_size=8, join=cached.join) as loader:
+with dh_jax.get_loader(data, batch_size=4, join=cached.join) as loader:
     batch = to_device(next(loader), mesh)
 pure = Mix()
 whole, kept = (float(o.measure(params, batch, pure).divergence) for o in (live, from_cache))

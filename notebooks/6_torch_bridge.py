@@ -98,7 +98,7 @@ print(f"largest difference of a token: {np.abs(ours_BT - theirs_BT).max():.1e}")
 
 # %%
 optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
-STEPS, MOVE = 60, 30
+STEPS, MOVE = 40, 20
 log = {"tokens": [], "loss": {name: [] for name in names}, "weights": []}
 seen = {name: 10.0 for name in names}
 for step in range(1, STEPS + 1):
@@ -138,7 +138,7 @@ viz.loss_by_source({"torch": {
 # %% [markdown]
 # ## Going on from a checkpoint
 #
-# The state of step 30 in a new loader, as after a crash: the batch that was next then is next now.
+# The state of step 20 in a new loader, as after a crash: the batch that was next then is next now.
 
 # %%
 loader.close()

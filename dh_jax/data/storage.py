@@ -24,6 +24,7 @@ LOCAL_BLOCK = 1 << 18  # bytes of a local file read at once
 REMOTE_BLOCK = 1 << 22  # and of a remote one, at most: a request's latency should not show
 REMOTE_LEAST = 1 << 18
 AHEAD = 1 << 26  # bytes read ahead in all the pieces of a source that are open at once
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "http": "http", "https": "http"}
 
 
 class Found(NamedTuple):
@@ -150,7 +151,10 @@ def _file_system(url: str, storage: Storage) -> tuple[Any, str]:
     try:
         fs, path = fsspec.core.url_to_fs(url, **options)
     except (ImportError, ValueError) as error:  # the package or the protocol is unknown
-        raise ConfigError(f"{url} cannot be opened: {' '.join(str(error).split())}") from error
+        extra = EXTRAS.get(url.partition("://")[0])
+        cure = f"; pip install 'data-handler[{extra}]'" if extra else ""
+        said = " ".join(str(error).split())
+        raise ConfigError(f"{url} cannot be opened: {said}{cure}") from error
     return fs, path
 
 
