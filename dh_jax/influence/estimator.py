@@ -109,7 +109,7 @@ def gather_gradients(
     data: Data,
     key: jax.Array,
 ) -> Blocks:
-    """(N, *shape) gradients of all documents with a target, for few of them.
+    """``(N, *shape)`` gradients of all documents with a target, for few of them.
 
     Args:
         gradients: `PerDocument.gradients`, compiled.

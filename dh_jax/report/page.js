@@ -1,4 +1,11 @@
 // Click a column's heading to sort by it; again to turn the order round. Without it all is there.
+// A cell's number is its data-value, or else what its text begins with: "1,024", "−0.3 ± 0.1".
+function keyOf(cell) {
+  const text = cell.dataset.value ?? cell.textContent.trim();
+  if (!cell.classList.contains("n")) return text;
+  const number = parseFloat(text.replace(/,/g, "").replace("−", "-"));
+  return isNaN(number) ? -Infinity : number;
+}
 for (const table of document.querySelectorAll("table.sortable")) {
   const headings = [...table.tHead.rows[table.tHead.rows.length - 1].cells];
   headings.forEach((heading, column) => {
@@ -11,10 +18,9 @@ for (const table of document.querySelectorAll("table.sortable")) {
       headings.forEach((other) => other.removeAttribute("aria-sort"));
       heading.setAttribute("aria-sort", down ? "descending" : "ascending");
       const rows = [...table.tBodies[0].rows];
-      const key = (row) => row.cells[column].dataset.value ?? row.cells[column].textContent.trim();
       rows.sort((a, b) => {
-        const [x, y] = [key(a), key(b)];
-        const order = isNaN(x) || isNaN(y) ? x.localeCompare(y) : Number(x) - Number(y);
+        const [x, y] = [keyOf(a.cells[column]), keyOf(b.cells[column])];
+        const order = typeof x === "string" ? x.localeCompare(y) : x < y ? -1 : x > y ? 1 : 0;
         return down ? -order : order;
       });
       table.tBodies[0].append(...rows);

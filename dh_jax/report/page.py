@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 import shlex
@@ -58,16 +60,20 @@ def write_report(folders: Sequence[Path], out: Path, *, title: str | None = None
 
 
 def page_template(folder: Path, **filters: Callable[..., Any]) -> Template:
-    """The ``page.html`` of a folder. Whatever it is given is escaped, and a name that it is not
-    given is an error."""
+    """The ``page.html`` of a folder, over the head, macros and script that all pages share.
+    Whatever it is given is escaped, and a name that it is not given is an error."""
     environment = Environment(
-        loader=FileSystemLoader(folder),
+        loader=FileSystemLoader([folder, HERE]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters.update(filters)
+    script = (HERE / "page.js").read_text(encoding="utf-8")
+    # The page's policy admits this script by its hash and no other, whatever a document says.
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    environment.globals |= {"script": Markup(script), "script_hash": f"sha256-{digest}"}
     return environment.get_template("page.html")
 
 
@@ -95,9 +101,7 @@ def render(runs: Sequence[Run], summary: Summary, title: str | None = None) -> s
         runs=ordered,
         best=best(summary),
         drawings=plots.drawings(groups, summary),
-        Markup=Markup,
         style=Markup(stylesheet()),
-        script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
         policy_styles=viz.policy_styles(list(groups)),
         source_styles=viz.source_styles(sources),
         source_tokens={

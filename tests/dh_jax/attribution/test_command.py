@@ -67,7 +67,7 @@ def test_the_report_shows_the_extreme_documents_escaped(finished: Path) -> None:
     assert f"<code>{best['document']}</code>" in head
     assert f"<code>{worst['document']}</code>" in tail
     assert "drawn at random and never trained" in page and "dh influence" in page
-    assert "<script" not in page and 'class="up"' in page
+    assert page.count("<script") == 1 and 'class="up"' in page
 
 
 def test_other_inputs_are_refused_by_name(
