@@ -62,14 +62,14 @@ print("|".join(tokenizer.decode(ids[i : i + 1]) for i in range(60)))
 #
 # Documents are of very different lengths, and a model wants rows of one length. Bars are shares
 # of documents, the line is shares of tokens: a few long documents hold most of the text. The
-# dashed line is a row of 1,024 tokens.
+# dashed line is a row of 2,048 tokens.
 
 # %%
 from dh_jax.data.prepare import open_prepared
 
 store = open_prepared(config, tokenizer)
 lengths = {name: store.documents(name, "train").lengths_D for name in config.sources}
-viz.length_histograms(lengths, 1024)
+viz.length_histograms(lengths, 2048)
 
 # %% [markdown]
 # ## Rows
@@ -79,7 +79,7 @@ viz.length_histograms(lengths, 1024)
 # mixes the sources, and yields batches.
 
 # %%
-loader = dh_jax.get_loader("demo", batch_size=8, max_length=1024)
+loader = dh_jax.get_loader("demo", batch_size=8, max_length=2048)
 batch = next(loader)
 viz.packed_rows(batch, names=loader.names)
 
@@ -160,7 +160,7 @@ from dh_jax.config import ModelConfig
 from dh_jax.models import decoder
 
 graph, params = decoder.build(
-    ModelConfig(width=64, layers=2, heads=4, kv_heads=2, mlp_width=128),
+    ModelConfig(width=32, layers=1, heads=2, kv_heads=1, mlp_width=64),
     tokenizer.vocab_size, jax.random.key(0),
 )
 loss = jax.jit(decoder.loss_fn(graph))
@@ -182,7 +182,7 @@ print("largest difference elsewhere: ", float(np.abs(before - after)[others].max
 state = json.dumps(loader.get_state())
 expected = next(loader)
 loader.close()
-with dh_jax.get_loader("demo", batch_size=8, max_length=1024) as other:
+with dh_jax.get_loader("demo", batch_size=8, max_length=2048) as other:
     other.set_state(json.loads(state))
     again = next(other)
 print(len(state), "bytes of state; equal:",

@@ -44,22 +44,26 @@ loader
 # at every prefix each source is within one row of what its weight promises.
 
 # %%
-steps = 40
-drawn = np.concatenate([next(loader).source_ids_B for _ in range(steps)])
+batches = [next(loader) for _ in range(40)]
+planned_N = np.concatenate([batch.source_ids_B for batch in batches])
+tokens_N = np.concatenate([(batch.segment_ids_BT > 0).sum(axis=1) for batch in batches])
 weights = np.array(list(loader.weights.values()))
-counts_NM = np.cumsum(np.eye(len(weights))[drawn], axis=0)
-rows = np.arange(1, len(drawn) + 1)
-ours = np.abs(counts_NM - rows[:, None] * weights).max(axis=1)
+random_N = np.random.default_rng(0).choice(len(weights), len(planned_N), p=weights)
 
-rng = np.random.default_rng(0)
-random = np.cumsum(np.eye(len(weights))[rng.choice(len(weights), len(drawn), p=weights)], axis=0)
-by_chance = np.abs(random - rows[:, None] * weights).max(axis=1)
-print(f"largest deviation over {len(drawn)} rows: planned {ours.max():.2f}, "
+
+def deviation(sources_N):
+    """Of the source that is furthest from its share so far, in rows."""
+    tokens_NM = np.cumsum(np.eye(len(weights))[sources_N] * tokens_N[:, None], axis=0)
+    return np.abs(tokens_NM - tokens_N.cumsum()[:, None] * weights).max(axis=1) / 256
+
+
+ours, by_chance, seen = deviation(planned_N), deviation(random_N), tokens_N.cumsum()
+print(f"largest deviation over {len(seen)} rows: planned {ours.max():.2f}, "
       f"drawn at random {by_chance.max():.2f}")
 viz.lines(
-    [viz.Series("planned", viz.Style("source-0"), [(rows * 256.0, ours)]),
+    [viz.Series("planned", viz.Style("source-0"), [(seen, ours)]),
      viz.Series("at random", viz.Style("source-5", viz.style.DASHES[1]),
-                [(rows * 256.0, by_chance)])],
+                [(seen, by_chance)])],
     760, 280, heading="largest deviation of a source from its share, rows",
 )
 
@@ -72,7 +76,7 @@ viz.lines(
 
 # %%
 before = loader.weights
-print("waiting when the change comes:", len(loader._ahead), "batches")
+print("batches made ahead:", loader.config.prefetch)
 loader.set_weights({"code": 0, "docs": 1, "prose": 0, "maths": 3, "puzzles": 0, "cpp": 0})
 for _ in range(3):
     print([loader.names[m] for m in next(loader).source_ids_B])
@@ -153,4 +157,5 @@ from dh_jax.mixing.simplex import project
 
 wanted = jnp.asarray([0.97, 0.03, -0.02, 0.01, 0.005, 0.005])
 kept = project(wanted, 0.02, 0.6)
-print("wanted", np.round(wanted, 3), "\nkept  ", np.round(kept, 3), " sum", float(kept.sum()))
+print("wanted", np.asarray(wanted).round(3))
+print("kept  ", np.asarray(kept).round(3), " sum", float(kept.sum()))

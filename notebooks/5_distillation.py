@@ -47,8 +47,8 @@ if not (demo / "smollm2").exists():
 data = dh_jax.load_data_config({
     "name": "chapters", "tokenizer": str(demo / "smollm2"), "max_length": 128,
     "sources": {"prose": {"kind": "files", "paths": [str(demo / "corpora" / "prose.jsonl")],
-                          "max_documents": 8}},
-    "splits": {"probe": 0.0, "eval": 0.2},
+                          "max_documents": 11}},
+    "splits": {"probe": 0.0, "eval": 0.24},
 })
 tokenizer = dh_jax.TokenizerWrapper.load(data.tokenizer)
 loader = dh_jax.get_loader(data, batch_size=4)

@@ -32,7 +32,7 @@ from dh_jax.demo.study import build_data
 
 os.chdir("..")  # the repository, where `make demo` leaves its folder too
 build_data(Path(os.environ.get("DH_DEMO", ".demo")), Console(quiet=True))
-torch.manual_seed(0)
+_ = torch.manual_seed(0)
 
 # %% [markdown]
 # ## The same rows
@@ -41,7 +41,7 @@ torch.manual_seed(0)
 # copies.
 
 # %%
-options = {"batch_size": 8, "max_length": 512}
+options = {"batch_size": 4, "max_length": 1024}
 with dh_jax.get_loader("demo", **options) as ours:
     batch, names = next(ours), ours.names
 loader = dh_torch_bridge.get_loader("demo", **options)
@@ -58,11 +58,13 @@ viz.packed_rows(batch, names=names)
 
 # %%
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from dh_jax.config import ModelConfig
 from dh_jax.models import decoder
 from dh_jax.models.pretrained import save_pretrained
 
+disable_progress_bar()
 config = ModelConfig(width=128, layers=3, heads=4, kv_heads=2, mlp_width=352)
 tokenizer = dh_jax.TokenizerWrapper.load(dh_jax.load_data_config("demo").tokenizer)
 graph, params = decoder.build(config, tokenizer.vocab_size, jax.random.key(0))
@@ -111,12 +113,12 @@ for step in range(1, STEPS + 1):
     for m in tensors["source_ids"].unique().tolist():
         rows = tensors["source_ids"] == m
         targets = (tensors["shift_labels"][rows] != -100).sum()
-        now = float(loss_BT[rows].sum() / targets)
+        now = float(loss_BT[rows].detach().sum() / targets)
         seen[names[m]] = now if seen[names[m]] == 10.0 else 0.7 * seen[names[m]] + 0.3 * now
     if step == MOVE:
         state = loader.state_dict()
         loader.set_weights({name: 5.0 if name == "maths" else 1.0 for name in names})
-    log["tokens"].append(step * 8 * 512.0)
+    log["tokens"].append(step * 4 * 1024.0)
     log["weights"].append(list(loader.weights.values()))
     for name in names:
         log["loss"][name].append(seen[name])

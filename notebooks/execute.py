@@ -7,6 +7,7 @@ code is kept beside the outputs themselves.
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import time
@@ -51,6 +52,8 @@ def processor_seconds() -> float:
 
 
 def main(numbers: list[str]) -> None:
+    # Progress bars are quiet here; that their widgets are not installed is no news.
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
     for source in notebooks():
         if numbers and source.name.partition("_")[0] not in numbers:
             continue
