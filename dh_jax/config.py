@@ -115,7 +115,11 @@ T = TypeVar("T")
 
 
 def config_folder() -> Path:
-    """The folder of shipped YAML: ``dh_jax/configs`` in a wheel, ``configs/`` in a checkout."""
+    """The folder of shipped YAML: ``dh_jax/configs`` in a wheel, ``configs/`` in a checkout.
+
+    Raises:
+        ConfigError: there are none, so the installation is damaged.
+    """
     package = Path(__file__).resolve().parent
     for folder in (package / "configs", package.parent / "configs"):
         if (folder / "data").is_dir():
@@ -161,7 +165,11 @@ def load_data_config(
 
 
 def find_yaml(group: str, name: str | Path) -> Path:
-    """The file of a shipped config, or a YAML file of one's own by its path."""
+    """The file of a shipped config, or a YAML file of one's own by its path.
+
+    Raises:
+        ConfigError: there is neither a shipped config nor a file of this name.
+    """
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         if path.is_file():
@@ -178,7 +186,11 @@ def find_yaml(group: str, name: str | Path) -> Path:
 
 
 def typed(cls: type[T], raw: Any, overrides: Sequence[str] = (), *, where: str = "config") -> T:
-    """Merge ``raw`` (mapping) and ``key=value`` overrides into a fresh ``cls``."""
+    """Merge ``raw`` (mapping) and ``key=value`` overrides into a fresh ``cls``.
+
+    Raises:
+        ConfigError: a key is unknown or a value of the wrong type; names the nearest key.
+    """
     try:
         schema = OmegaConf.structured(cls)
         given = OmegaConf.merge(OmegaConf.create(raw), OmegaConf.from_dotlist(list(overrides)))
@@ -214,7 +226,11 @@ def _untyped(config: DataConfig) -> dict[str, Any]:
 
 def source_config(name: str, raw: Any) -> SourceConfig:
     """The typed source behind one entry of ``sources``; the second step OmegaConf needs,
-    since it refuses unions."""
+    since it refuses unions.
+
+    Raises:
+        ConfigError: its kind or a key is unknown, or a value lies outside its range.
+    """
     if isinstance(raw, SourceConfig):
         return raw
     raw = OmegaConf.to_container(raw, resolve=True) if isinstance(raw, DictConfig) else raw
@@ -289,7 +305,11 @@ def _check_conversation(label: str, conversation: ConversationConfig) -> None:
 
 
 def validate_data(config: DataConfig) -> DataConfig:
-    """Type the sources and check every rule a data config must keep."""
+    """Type the sources and check every rule a data config must keep.
+
+    Raises:
+        ConfigError: a rule is broken; names the value, the limit and the cure.
+    """
     if not config.sources:
         raise ConfigError(f"data config {config.name!r} has no sources; add one under 'sources'")
     sources = {n: source_config(n, raw) for n, raw in config.sources.items()}

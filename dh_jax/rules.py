@@ -18,7 +18,13 @@ PRECISION = ("default", "highest")
 
 
 def suggest(word: str, known: Sequence[str]) -> str:
-    """A hint at the nearest known name, or nothing."""
+    """A hint at the nearest known name, or nothing.
+
+    >>> suggest("maht", ["maths", "prose"])
+    " (did you mean 'maths'?)"
+    >>> suggest("zebra", ["maths", "prose"])
+    ''
+    """
     near = difflib.get_close_matches(word, known, n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
@@ -66,7 +72,16 @@ def validate_model(config: ModelConfig) -> None:
 
 
 def weights_of(sources: Mapping[str, SourceConfig]) -> dict[str, float]:
-    """Mixture weights by source name: as given (they must sum to 1), or equal if none is."""
+    """Mixture weights by source name: as given (they must sum to 1), or equal if none is.
+
+    >>> weights_of({"a": SourceConfig(weight=0.75), "b": SourceConfig(weight=0.25)})
+    {'a': 0.75, 'b': 0.25}
+    >>> weights_of({"a": SourceConfig(), "b": SourceConfig()})
+    {'a': 0.5, 'b': 0.5}
+
+    Raises:
+        ConfigError: only some have a weight, one is negative, or they do not sum to 1.
+    """
     given = {n: s.weight for n, s in sources.items() if s.weight is not None}
     if not given:
         return dict.fromkeys(sources, 1.0 / len(sources))

@@ -113,6 +113,7 @@ class TorchLoader:
         self._loader.set_state(state)
 
     def close(self) -> None:
+        """Stop prefetching and close files. Idempotent."""
         self._loader.close()
 
     def __enter__(self) -> Self:

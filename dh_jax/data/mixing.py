@@ -175,9 +175,11 @@ class MixedIterator(grain.DatasetIterator[MixedRow]):
 
     @property
     def weights(self) -> dict[str, float]:
+        """Weights in force, by source; they sum to 1."""
         return dict(zip(self.names, self._weights.tolist(), strict=True))
 
     def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Change the mixture from the next row on; weights are scaled to sum to 1."""
         self._weights[:] = normalised(weights, self.names)
 
     def __next__(self) -> MixedRow:
@@ -265,6 +267,7 @@ class MixedIterator(grain.DatasetIterator[MixedRow]):
         }
 
     def get_state(self) -> dict[str, Any]:
+        """JSON-able state behind the last row, source by source."""
         return self.describe(self.snapshot())
 
     def set_state(self, state: dict[str, Any]) -> None:

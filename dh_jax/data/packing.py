@@ -313,6 +313,7 @@ class PackedIterator(grain.DatasetIterator[Row]):
         return window
 
     def get_state(self) -> dict[str, Any]:
+        """JSON-able state behind the last row: epoch, window, row, and what was left over."""
         return {
             "window": self._at,
             "following": self._following,
@@ -321,6 +322,7 @@ class PackedIterator(grain.DatasetIterator[Row]):
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
+        """Go on behind the row that was the last one when ``state`` was taken."""
         at = state["window"], bool(state["following"]), state["left"]
         if at != (self._at, self._following, self._left):
             self._planned = None

@@ -89,7 +89,11 @@ def open_prepared(config: DataConfig, tokenizer: TokenizerWrapper) -> TokenStore
 def text_sources(config: DataConfig) -> dict[str, SourceConfig]:
     """Every source that has text of its own: the mixture's, and probes that are not the probe
     split of one of them. Sets held out whole come first, so that they keep a document that a
-    training source also has."""
+    training source also has.
+
+    Raises:
+        ConfigError: a name is that of a probe and of a source.
+    """
     own: dict[str, SourceConfig] = {}
     for name, spec in itertools.chain(config.probes.items(), config.sources.items()):
         if isinstance(spec, (str, *TOKEN_SOURCES)):  # those that hold tokens are read in place

@@ -44,11 +44,13 @@ class TokenizerWrapper:
 
     Attributes:
         vocab_size: one more than the largest id, hence the least size of an embedding.
-        bos_id, eos_id, pad_id: ids, or None where the tokenizer has no such token.
-        chat_template: Jinja text, or None.
+        bos_id, eos_id, pad_id, chat_template: None where the tokenizer has no such thing.
         special_tokens: role (``bos_token``, ...) to the token's text.
         add_bos, add_eos: the policy `encode` and `encode_batch` apply.
         dtype: of encoded ids; uint16 up to 65,536 ids, else uint32.
+
+    Raises:
+        ConfigError: ``add_bos`` or ``add_eos`` asks for a token that the tokenizer has not.
     """
 
     def __init__(self, parts: TokenizerParts, *, add_bos: bool, add_eos: bool) -> None:

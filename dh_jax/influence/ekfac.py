@@ -80,6 +80,7 @@ def ekfac(
 
     Raises:
         ConfigError: a number lies outside its range, or the objective lacks what is needed.
+        DataError: (of its ``fit``) no document has a target to learn.
     """
     if not (math.isfinite(damping) and damping > 0):
         raise ConfigError(f"ekfac damping is {damping}; it must be finite and above 0")

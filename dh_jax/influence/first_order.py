@@ -98,6 +98,9 @@ def tracin(objective: Objective, scope: Scope, base: Any = gradient_dot) -> Esti
 
     Returns:
         An estimator whose ``params`` are `Checkpoints`.
+
+    Raises:
+        ConfigError: (of its ``fit``) there is no checkpoint, or a rate is negative or not finite.
     """
     inner: Estimator = base(objective, scope)
 

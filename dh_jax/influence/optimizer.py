@@ -187,6 +187,9 @@ class InfluenceAwareOptimizer:
         """Whether the weights are to move once ``step`` updates have been made.
 
         With a budget ``state`` says it.
+
+        Raises:
+            ConfigError: there is a budget, and no state is given.
         """
         if self.budget is not None:
             if state is None or not state.pace:

@@ -85,6 +85,7 @@ def projection(
     Raises:
         ConfigError: a number lies outside its range, there is no such kernel, or ``adam`` is
             given to another kernel than ``cosine``.
+        DataError: (of its ``fit``) no document has a target, or all gradients vanish.
     """
     if kernel not in ("fisher", "trak", "cosine"):
         raise ConfigError(f"projection kernel {kernel!r}; take 'fisher', 'trak' or 'cosine'")

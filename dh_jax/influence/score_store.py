@@ -57,6 +57,7 @@ class ScoreStore(NamedTuple):
         return made
 
     def path(self, index: int) -> Path:
+        """The file of a batch's shard, whether it is there or not."""
         return self.folder / "shards" / f"{index:06d}.safetensors"
 
     def indices(self) -> list[int]:
@@ -72,6 +73,7 @@ class ScoreStore(NamedTuple):
         return self.read(index).checksum if self.path(index).exists() else None
 
     def write(self, index: int, shard: Shard) -> None:
+        """Keep the scores of a batch; the file appears whole or not at all."""
         write_tree(self.path(index), shard)
 
     def read(self, index: int) -> Shard:

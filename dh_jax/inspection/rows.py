@@ -131,7 +131,11 @@ def excerpt(spans: Sequence[Span], most: int) -> tuple[list[Span], int]:
 
 
 def visible(text: str) -> str:
-    """Text with control characters as pictures: they must not steer whoever looks at it."""
+    """Text with control characters as pictures: they must not steer whoever looks at it.
+
+    >>> visible("red: \\x1b[31m")
+    'red: ␛[31m'
+    """
     return text.translate(_CONTROL)
 
 
@@ -139,7 +143,13 @@ def visible(text: str) -> str:
 
 
 def document_name(document_id: int) -> str:
-    """An id as it is shown everywhere: 16 hexadecimal digits."""
+    """An id as it is shown everywhere: 16 hexadecimal digits.
+
+    >>> document_name(0xC0FFEE)
+    '0000000000c0ffee'
+    >>> parse_document("0x0000000000c0ffee") == 0xC0FFEE
+    True
+    """
     return f"{document_id:016x}"
 
 

@@ -64,6 +64,9 @@ def project(weights_M: jax.Array, low: ArrayLike, high: ArrayLike) -> jax.Array:
 
     Returns:
         (M,) weights of the same dtype: exactly within bounds, sum 1 up to rounding.
+
+    >>> project(jnp.array([0.9, 0.2, 0.1]), 0.0, 0.5).round(3).tolist()
+    [0.5, 0.30000001192092896, 0.20000000298023224]
     """
     low_M = jnp.broadcast_to(jnp.asarray(low, weights_M.dtype), weights_M.shape)
     high_M = jnp.broadcast_to(jnp.asarray(high, weights_M.dtype), weights_M.shape)

@@ -67,7 +67,11 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Tokens to hidden states; `logits` is apart, so that a loss can take it in chunks."""
+    """Tokens to hidden states; `logits` is apart, so that a loss can take it in chunks.
+
+    Raises:
+        ConfigError: the vocabulary is empty.
+    """
 
     def __init__(self, config: ModelConfig, vocab_size: int, *, rngs: nnx.Rngs) -> None:
         validate_model(config)

@@ -109,7 +109,11 @@ def stream(
     key: Array | None = None,
     every: int = 1,
 ) -> Iterator[Generated]:
-    """`generate`, looked at while it goes on: what there is after every ``every`` tokens."""
+    """`generate`, looked at while it goes on: what there is after every ``every`` tokens.
+
+    Raises:
+        ConfigError: ``every`` is below 1; or as `generate`.
+    """
     tokens_BP, starts_B = _aligned(graph, params, prompts, new_tokens)
     sampling = _checked(sampling)
     if every < 1:

@@ -85,7 +85,11 @@ def load_pretrained(
 
 
 def read_config(folder: Path, base: ModelConfig | None = None) -> ModelConfig:
-    """The config.json of a folder; see `from_hf`."""
+    """The config.json of a folder; see `from_hf`.
+
+    Raises:
+        ConfigError: config.json cannot be read, or is of no model that is known here.
+    """
     path = folder / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -98,7 +102,11 @@ def read_config(folder: Path, base: ModelConfig | None = None) -> ModelConfig:
 
 
 def find_folder(name: str | Path) -> Path:
-    """The folder itself, or what the hub has under this name, downloaded into its cache."""
+    """The folder itself, or what the hub has under this name, downloaded into its cache.
+
+    Raises:
+        ConfigError: there is no such folder, and the hub has none of this name.
+    """
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
         return folder
@@ -261,7 +269,12 @@ def write_folder(
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Write config.json, weights and tokenizer beside the folder, then rename it into place."""
+    """Write config.json, weights (``tensors``: name and array, in the checkpoint's shapes) and
+    tokenizer beside the folder, then rename it into place.
+
+    Raises:
+        ConfigError: the folder is occupied, or the tokenizer has more tokens than there are rows.
+    """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} already exists; choose another folder, or remove it")

@@ -175,6 +175,9 @@ def spread_apart(places: Sequence[float], gap: float) -> list[float]:
     """Ascending places moved as little as they must so that neighbours are ``gap`` apart.
 
     Neighbours that collide form a block centred on the mean of where its members wanted to be.
+
+    >>> spread_apart([0.0, 1.0, 5.0], 2.0)
+    [-0.5, 1.5, 5.0]
     """
     blocks: list[list[float]] = []  # wanted places of each block
     for place in places:
@@ -220,7 +223,11 @@ def key(
 
 
 def short(label: str) -> str:
-    """A name as it is drawn: cut where it is too long, and never read as mathematics."""
+    """A name as it is drawn: cut where it is too long, and never read as mathematics.
+
+    >>> short("a_rather_long_source")
+    'a_rather_long_…'
+    """
     return plain(label if len(label) <= LABEL_LENGTH else f"{label[: LABEL_LENGTH - 1]}…")
 
 

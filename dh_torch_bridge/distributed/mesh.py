@@ -40,7 +40,11 @@ def load_distributed_config(
 
 
 def validate(config: DistributedConfig) -> DistributedConfig:
-    """Check every rule that does not depend on the number of ranks."""
+    """Check every rule that does not depend on the number of ranks.
+
+    Raises:
+        ConfigError: a rule is broken; names the value and what is allowed.
+    """
     for key, allowed in (
         ("strategy", STRATEGIES),
         ("backend", BACKENDS),
