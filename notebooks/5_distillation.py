@@ -12,8 +12,8 @@
 # # Distilling a small student
 #
 # A teacher says more than the right answer: it says how likely every other token would have been.
-# Here SmolLM2 (135 million parameters) teaches a student a tenth of its size, first live, then from
-# a cache that was written once.
+# Here SmolLM2 (135 million parameters) teaches a student a fortieth of its size, first live, then
+# from a cache that was written once.
 
 # %%
 import os

@@ -73,6 +73,7 @@ def lines(
         ax.axhline(0, color=PAINT["muted"], linewidth=1, zorder=1)
     parts.token_axis(ax)
     parts.end_labels(ax, series)
+    figure.set_label(f"{heading}: {', '.join(s.label for s in series)}")
     return figure
 
 

@@ -166,7 +166,7 @@ def teacher_agreement(
         "divergence, nats a token": _series(divergence),
     }
     figure = panels(groups, width, 2, row_height=230)
-    figure.axes[0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
+    figure.axes[0].yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
     last = ", ".join(f"{name} {y[-1]:.1%}" for name, (_, y) in agreement.items())
     figure.set_label(f"Agreement with the teacher; at the end {last}")
     return figure
