@@ -53,7 +53,7 @@ def packed_rows(
                 y, end - begin, left=begin, height=0.68, linewidth=0,
                 color=paint if document else "none",
                 alpha=1.0 if learnt_BT[y, begin] or not document else 0.4,
-                **({} if document else {"hatch": "////", "edgecolor": paint}),
+                hatch=None if document else "////", edgecolor=None if document else paint,
             )  # fmt: skip
         cuts = np.flatnonzero(np.diff(segments_BT[y])) + 1
         ax.vlines(cuts, y - 0.34, y + 0.34, color=PAINT["paper"], linewidth=1.4)
