@@ -393,3 +393,4 @@ class TorchRunConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     out: str = "runs/torch"
+    resume: bool = False  # a restart by torchrun resumes by itself

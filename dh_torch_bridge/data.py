@@ -29,7 +29,7 @@ def get_loader(config: str | Path | DataConfig | Mapping[str, Any], **options: A
         An iterator of batches as `as_torch` describes them, with the weights, statistics and
         state of the loader below it. Loading initialises no JAX backend.
     """
-    return TorchLoader(data.get_loader(config, **options))
+    return TorchLoader(data.get_loader(config, **options), options.get("shard", (0, 1)))
 
 
 def as_torch(batch: Batch) -> TorchBatch:
@@ -72,8 +72,9 @@ def document_mask(segment_ids_BT: torch.Tensor) -> torch.Tensor:
 class TorchLoader:
     """An iterator of torch batches over a `dh_jax` loader; a context manager."""
 
-    def __init__(self, loader: data.Loader):
+    def __init__(self, loader: data.Loader, shard: tuple[int, int] = (0, 1)):
         self._loader = loader
+        self.shard = shard  # (data-parallel rank, size)
 
     def __iter__(self) -> Self:
         return self

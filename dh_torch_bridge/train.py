@@ -2,6 +2,10 @@
 
     torchrun --nproc-per-node 2 -m dh_torch_bridge.train data=demo distributed=fsdp2
 
+It writes checkpoints, and goes on from the newest intact one with ``resume=true`` or when torchrun
+restarts it (``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --max-restarts 3 ...``; without the
+variable a restart after a killed rank often fails in torch's rendezvous).
+
 Read it as an example. With the same seed and batch size it sees the rows of `dh train`, in the
 same order, whatever the number of ranks (for streamed sources each rank has its own documents).
 """
@@ -27,11 +31,13 @@ from dh_jax.config import ModelConfig, TorchRunConfig, TrainingConfig, validate_
 from dh_jax.data.seeding import derive
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.errors import ConfigError, DataError, UserError
-from dh_jax.runconfig import check_training, save_config
+from dh_jax.runconfig import check_training, refuse_other_config, save_config
 from dh_jax.runlog import RunLog
 from dh_torch_bridge.data import IGNORED, TorchBatch, document_mask, get_loader
+from dh_torch_bridge.distributed.checkpoint import Checkpoints
 from dh_torch_bridge.distributed.fsdp2 import distribute
 from dh_torch_bridge.distributed.mesh import data_shard, make_mesh, pick_device, sum_over_data
+from dh_torch_bridge.runstate import restore_run, save_run
 
 # Of a model config: what a plain Llama has not.
 JAX_ONLY = ("pretrained", "qkv_bias", "qk_norm", "rope_scaling", "linear", "lora")
@@ -125,7 +131,9 @@ def train(run: TorchRunConfig) -> None:
     training, data, folder = run.training, run.data, Path(run.out)
     check_training(training)
     if (folder / "config.yaml").exists():
-        raise ConfigError(f"{folder} already holds a run; choose another out=")
+        if not (run.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))):
+            raise ConfigError(f"{folder} already holds a run; add resume=true or another out=")
+        refuse_other_config(folder, run)
     tokenizer = TokenizerWrapper.load(data.tokenizer, add_bos=data.add_bos, add_eos=data.add_eos)
     vocab_size = run.model.vocab_size or tokenizer.vocab_size
     if vocab_size < tokenizer.vocab_size:
@@ -139,16 +147,19 @@ def train(run: TorchRunConfig) -> None:
     torch.manual_seed(training.seed)
     model = distribute(build_llama(run.model, vocab_size), run.distributed, mesh)
     optimizer, schedule = make_optimizer(model, training)
-    log = None
-    if rank == 0:
-        save_config(folder, run)
-        log = RunLog(folder, step=None)
-    tokens = 0
-    with get_loader(
+    log, first, tokens = None, 0, 0
+    with Checkpoints(
+        folder / "checkpoints", keep=training.keep, keep_every=training.keep_every
+    ) as checkpoints, get_loader(
         data, tokenizer=tokenizer, batch_size=training.batch_size,
         seed=derive(training.seed, "train"), shard=(rank, ranks),
     ) as loader:  # fmt: skip
-        for step in range(1, training.steps + 1):
+        if restored := restore_run(checkpoints, model, optimizer, loader, schedule):
+            first, tokens = restored.step, restored.host["tokens"]
+        if rank == 0:
+            save_config(folder, run)
+            log = RunLog(folder, step=first or None)
+        for step in range(first + 1, training.steps + 1):
             batch = {name: tensor.to(device) for name, tensor in next(loader).items()}
             learnt = (batch["shift_labels"] != IGNORED).sum()
             counts = sum_over_data(torch.stack([learnt, (batch["segment_ids"] > 0).sum()]), mesh)
@@ -171,6 +182,8 @@ def train(run: TorchRunConfig) -> None:
                     "kind": "train", "step": step, "loss": mean, "grad_norm": float(norm),
                     "learning_rate": rate, "tokens": tokens, "weights": loader.weights,
                 })  # fmt: skip
+            if step % training.checkpoint_interval == 0 or step == training.steps:
+                save_run(checkpoints, step, model, optimizer, loader, schedule, tokens=tokens)
     if log:
         log.close()
 
