@@ -152,16 +152,16 @@ def forward_backward(model: Parallel, batch: TorchBatch) -> torch.Tensor:
         batch: this data-parallel rank's rows, on its device, as `get_loader` gives them.
 
     Returns:
-        Mean cross-entropy in nats, the same on every rank.
+        Mean cross-entropy in nats (a float64 scalar), the same on every rank.
     """
     targets = (batch["shift_labels"] != IGNORED).sum()
     count = sum_over_data(targets, model.mesh)
     # DDP and FSDP2 average gradients over the data-parallel ranks, so the sum is wanted times
     # their number.
     ranks = data_shard(model.mesh)[1]
-    scale = ranks / count
+    scale = ranks / count.double()
     device = batch["input_ids"].device
-    with _tensor_loss(model.mesh):
+    with tensor_loss(model.mesh):
         if model.schedule is None:
             with torch.autocast(device.type, model.autocast, enabled=model.autocast is not None):
                 loss_BT = token_losses(model.parts[0], batch)
@@ -171,7 +171,7 @@ def forward_backward(model: Parallel, batch: TorchBatch) -> torch.Tensor:
             loss = _pipelined(model, batch, scale)
     if model.tied and model.mesh is not None:
         add_tied_gradients(model.parts, model.mesh)
-    return sum_over(loss.detach() / ranks, model.mesh, ("pipeline", *DATA_AXES))
+    return sum_over(loss.detach().double() / ranks, model.mesh, ("pipeline", *DATA_AXES))
 
 
 def _pipelined(model: Parallel, batch: TorchBatch, scale: torch.Tensor) -> torch.Tensor:
@@ -188,7 +188,7 @@ def _pipelined(model: Parallel, batch: TorchBatch, scale: torch.Tensor) -> torch
         **{name: batch[name] for name in names},
     )
     if not losses:
-        return torch.zeros((), device=scale.device, dtype=scale.dtype)
+        return torch.zeros_like(scale)
     return torch.stack(losses).sum()
 
 
@@ -207,7 +207,7 @@ def clip(model: Parallel, max_norm: float) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _tensor_loss(mesh: DeviceMesh | None) -> Iterator[None]:
+def tensor_loss(mesh: DeviceMesh | None) -> Iterator[None]:
     """Within it tensor ranks compute losses from their parts of the vocabulary."""
     if mesh is None or mesh["tensor"].size() == 1:
         yield

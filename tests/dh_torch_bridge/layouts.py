@@ -104,7 +104,10 @@ def train_case(case: dict[str, Any]) -> dict[str, list[float]]:
 
 
 def main(cases: Path, answers: Path) -> None:
-    found = {name: train_case(case) for name, case in json.loads(cases.read_text()).items()}
+    found = {}
+    for name, case in json.loads(cases.read_text()).items():
+        print(name, flush=True)
+        found[name] = train_case(case)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, found)
     assert all(other == found for other in everyone)  # every rank is told the same
