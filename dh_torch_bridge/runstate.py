@@ -10,7 +10,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dh_jax.data.elastic import loader_states
 from dh_torch_bridge.data import TorchLoader
-from dh_torch_bridge.distributed.checkpoint import Checkpoints, Model, Restored
+from dh_torch_bridge.distributed.checkpoint import Checkpoints, Restored
+from dh_torch_bridge.distributed.named import Model
 
 
 def save_run(

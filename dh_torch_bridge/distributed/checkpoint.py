@@ -16,7 +16,6 @@ import json
 import shutil
 import uuid
 import warnings
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,12 +23,17 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from dh_jax.distributed.integrity import find_damage, write_checksums
 from dh_jax.errors import DataError, StateError
-from dh_torch_bridge.distributed.named import named_tensors, refuse_other_tensors, ready_state
+from dh_torch_bridge.distributed.named import (
+    Model,
+    named_tensors,
+    ready_state,
+    refuse_other_tensors,
+)
+from dh_torch_bridge.distributed.parallelize import Parallel
 
 # One process is what was asked for; torch warns of it all the same.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninit")
@@ -37,8 +41,6 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or
 HOST = "host.json"
 SCHEMA = 1
 UNFINISHED = ".writing-"  # beginning of the name of a folder that is being written
-
-Model = nn.Module | Sequence[nn.Module]  # several: this rank's stages of a pipeline
 
 
 class Restored(NamedTuple):
@@ -90,7 +92,7 @@ class Checkpoints:
 
         Args:
             step: steps made so far.
-            model: in any layout; of a pipeline, this rank's stages.
+            model: in any layout.
             optimizer: of the model's parameters. Its state must be tensors of a parameter's
                 shape, or tensors that are equal on all ranks.
             host: JSON-able; the first rank's is kept.
@@ -216,7 +218,8 @@ class Checkpoints:
         about = json.loads((path / HOST).read_text())
         there = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
         tensors = named_tensors(model)
-        refuse_other_tensors(path, tensors, there, whole=isinstance(model, nn.Module))
+        whole = not (isinstance(model, Parallel) and model.schedule)  # no stages
+        refuse_other_tensors(path, tensors, there, whole=whole)
         groups = about["groups"]
         if len(groups) != len(optimizer.param_groups):
             raise StateError(

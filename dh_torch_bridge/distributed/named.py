@@ -6,7 +6,7 @@ Parameters and buffers are ``model.<name>``, what an optimizer keeps of a parame
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,10 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dh_jax.errors import StateError
+from dh_torch_bridge.distributed.parallelize import Parallel
+from dh_torch_bridge.distributed.pipeline import HEAD, TABLE
 
+Model = nn.Module | Parallel
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # compiled, activation checkpointing
 
 
@@ -25,24 +28,34 @@ def plain_name(name: str) -> str:
     return ".".join(parts[1:] if parts[0] == "module" else parts)
 
 
-def named_parameters(model: nn.Module | Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter once (a tied one under its first name), by its plain name."""
-    for module in [model] if isinstance(model, nn.Module) else model:
+def parts_of(model: Model) -> tuple[nn.Module, ...]:
+    """The modules that this rank has of a model."""
+    return model.parts if isinstance(model, Parallel) else (model,)
+
+
+def named_parameters(model: Model) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter once (a tied one under its first name), by its plain name.
+
+    Where pipeline stages hold a tied table twice, both have the one name.
+    """
+    twins = {HEAD: TABLE} if isinstance(model, Parallel) and model.tied else {}
+    for module in parts_of(model):
         for name, parameter in module.named_parameters():
-            yield plain_name(name), parameter
+            name = plain_name(name)
+            yield twins.get(name, name), parameter
 
 
 def named_tensors(
-    model: nn.Module | Sequence[nn.Module], optimizer: torch.optim.Optimizer | None = None
+    model: Model, optimizer: torch.optim.Optimizer | None = None
 ) -> dict[str, torch.Tensor]:
     """Parameters, persistent buffers and the optimizer's state: the tensors themselves, uncopied.
 
     Args:
-        model: whole, spread, or this rank's stages.
+        model: whole or spread.
         optimizer: of its parameters.
     """
     tensors: dict[str, torch.Tensor] = {}
-    for module in [model] if isinstance(model, nn.Module) else model:
+    for module in parts_of(model):
         persistent = module.state_dict().keys()  # FSDP2 gives up gathered parameters here
         for name, buffer in module.named_buffers():
             if name in persistent:
@@ -60,7 +73,7 @@ def named_tensors(
 
 
 def ready_state(
-    model: nn.Module | Sequence[nn.Module],
+    model: Model,
     optimizer: torch.optim.Optimizer,
     there: Mapping[str, Any],
 ) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ from dh_torch_bridge.train import train
 
 
 def main(folder: Path, overrides: list[str]) -> None:
-    for name, sizes in (("ddp", []), ("fsdp2", []), ("hybrid", ["replicate=2"])):
+    for name, sizes in (("ddp", []), ("fsdp2", []), ("hybrid", ["replicate=2"]), ("tp", [])):
         config = load_distributed_config("fsdp2" if name == "hybrid" else name, sizes)
         mesh = make_mesh(config)
         run = compose("torch_train", TorchRunConfig, [*overrides, f"out={folder / name}"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -70,9 +69,7 @@ EACH = [(1, 2, 1)]  # the others are slow
     ("which_kind", "which", "which_mix"),
     [pytest.param(*x, marks=[] if x in EACH else pytest.mark.slow) for x in ALL],
 )
-def test_losses_and_gradients_are_those_of_jax(
-    which_kind: int, which: int, which_mix: int
-) -> None:
+def test_losses_and_gradients_are_those_of_jax(which_kind: int, which: int, which_mix: int) -> None:
     kind, mix = KINDS[which_kind], MIXES[which_mix]
     d = drawn()
     jax_teacher, torch_teacher = teachers(d)[which]
@@ -89,9 +86,7 @@ def test_losses_and_gradients_are_those_of_jax(
     hidden, table, bias = (torch.from_numpy(x.copy()).requires_grad_() for x in given)
     linear = torch.nn.Linear(D, V)
     linear.weight, linear.bias = torch.nn.Parameter(table), torch.nn.Parameter(bias)
-    found = ours.loss_from_hidden(
-        hidden, linear, torch_teacher, labels_of(d), mix, kind, chunk=8
-    )
+    found = ours.loss_from_hidden(hidden, linear, torch_teacher, labels_of(d), mix, kind, chunk=8)
     np.testing.assert_allclose(found.detach(), loss_BT, atol=1e-6, rtol=1e-6)
     (found * torch.from_numpy(d["weights"])).sum().backward()
     for a, b in zip((hidden.grad, linear.weight.grad, linear.bias.grad), grads, strict=True):
@@ -183,9 +178,7 @@ def packed() -> Batch:
     segment_ids_BT = np.repeat([[1, 2, 3, 0]], 4, axis=1).repeat(2, axis=0).astype(np.int32)
     positions_BT = np.tile(np.arange(4), (2, 4)).astype(np.int32)
     mask_BT = segment_ids_BT > 0
-    return Batch(
-        tokens_BT, tokens_BT, mask_BT, segment_ids_BT, positions_BT, np.zeros(2, np.int32)
-    )
+    return Batch(tokens_BT, tokens_BT, mask_BT, segment_ids_BT, positions_BT, np.zeros(2, np.int32))
 
 
 @pytest.mark.parametrize("way", ["hidden states", "logits"])

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +22,12 @@ from dh_jax.errors import ConfigError  # noqa: E402
 from dh_jax.models import decoder  # noqa: E402
 from dh_jax.step import make_schedule  # noqa: E402
 from dh_torch_bridge.data import IGNORED, get_loader  # noqa: E402
-from dh_torch_bridge.train import build_llama, main, make_optimizer, token_losses  # noqa: E402
+from dh_torch_bridge.losses import token_losses  # noqa: E402
+from dh_torch_bridge.train import build_llama, main, make_optimizer  # noqa: E402
+from tests.dh_torch_bridge.launch import torchrun  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
-STEPS = 6
+STEPS = 20
 SHAPE = ModelConfig(width=32, layers=2, heads=4, kv_heads=2, mlp_width=48)
 
 
@@ -147,23 +145,10 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def torchrun(*arguments: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return subprocess.run(
-        [*launcher, f"--nproc-per-node={ranks}", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        timeout=300,
-        check=False,
-    )
-
-
 def assert_same_run(folder: Path, alone: list[dict[str, Any]]) -> None:
     ours = records(folder)
     assert [r["step"] for r in ours] == list(range(1, STEPS + 1))
-    for key, tolerance in (("loss", 1e-5), ("grad_norm", 1e-5), ("tokens", 0)):
+    for key, tolerance in (("loss", 2e-5), ("grad_norm", 1e-5), ("tokens", 0)):
         np.testing.assert_allclose(
             [r[key] for r in ours], [r[key] for r in alone], atol=tolerance, rtol=0
         )
@@ -181,10 +166,13 @@ def test_two_ranks_read_and_train_as_one_process_does(
     assert done.returncode == 0, done.stderr
     with get_loader(make_config(store=str(store)), batch_size=8) as loader:
         rows = torch.stack([next(loader)["input_ids"] for _ in range(5)])
-    for name in ("ddp", "fsdp2", "hybrid"):
+    for name in ("ddp", "fsdp2", "hybrid", "tp"):
         first, second = (torch.load(tmp_path / f"{name}-rank{r}.pt") for r in (0, 1))
-        assert torch.equal(torch.cat([first, second], dim=1), rows)  # steps, rows, tokens
-        assert first.shape == second.shape and not torch.equal(first, second)
+        if name == "tp":  # both are one data-parallel rank
+            assert torch.equal(first, rows) and torch.equal(second, rows)
+        else:
+            assert torch.equal(torch.cat([first, second], dim=1), rows)  # steps, rows, tokens
+            assert first.shape == second.shape and not torch.equal(first, second)
         assert_same_run(tmp_path / name, alone)
 
 
