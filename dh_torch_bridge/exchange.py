@@ -6,7 +6,6 @@ only where nobody else does any longer; what JAX reads of a tensor, it reads bef
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import jax
@@ -14,8 +13,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from dh_jax.errors import ConfigError
-
-COPIED: Counter[str] = Counter()  # bytes that were copied, by reason
+from dh_torch_bridge.copies import COPIED
 
 
 def to_jax(tensor: torch.Tensor) -> jax.Array:

@@ -60,6 +60,7 @@ def rows(seed: int, count: int = 3) -> Batch:
     )
 
 
+@pytest.mark.slow
 def test_datainf_of_rows_is_that_of_jax(pair: Pair) -> None:
     train, probe = rows(1, 4), rows(2)
     found = []
