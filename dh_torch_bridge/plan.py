@@ -11,6 +11,7 @@ of a GPU save or spare, and the process group's buffers.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -193,24 +194,24 @@ def _run_stages(
     any_part: Any = next(iter(parts.values()))
     dtype = getattr(torch, config.param_dtype) if config.param_dtype else _dtype_of(any_part)
     left = {place: count for place in parts}
-    running: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+    # First in, first out: torch 2.13's table for 1F1B counts the last rank's forwards from 1.
+    running: dict[int, deque[tuple[torch.Tensor, torch.Tensor]]] = {p: deque() for p in parts}
     for action in schedule.pipeline_order[mesh.get_local_rank("pipeline")]:
         if action is None:
             continue
         place, kind = action.stage_index, action.computation_type.name
         part: Any = parts[place]
-        key = (place, action.microbatch_index)
         if kind == "FORWARD":
             inputs = microbatch["input_ids"]
             if not part.first:
                 shape = (rows, tokens, part.config.hidden_size)
                 inputs = torch.empty(shape, dtype=dtype, requires_grad=True)
             output = part(inputs, **{k: v for k, v in microbatch.items() if k != "input_ids"})
-            running[key] = (inputs, output)
+            running[place].append((inputs, output))
             if not part.last and place + 1 not in parts:
                 meter.send("pipeline", "send", output.nbytes)
         elif kind in ("FULL_BACKWARD", "BACKWARD_WEIGHT"):
-            inputs, output = running.pop(key)
+            inputs, output = running[place].popleft()
             left[place] -= 1
             if isinstance(part, FSDPModule):  # sums over ranks wait for the last microbatch
                 part.set_is_last_backward(not left[place])
