@@ -29,7 +29,6 @@ from torch.distributed.tensor import DTensor
 
 # Registers the backend "fake".
 from torch.testing._internal.distributed import fake_pg  # noqa: F401
-
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dh_jax.compose import compose
@@ -177,9 +176,7 @@ def _measure(
             meter.add_reduction("replicate", sum(p.nbytes for p in parameters.values()))
         local = {key: _local(p) for key, p in parameters.items()}
         held = sum(p.nbytes for p in local.values())
-        gradients = sum(
-            _local(p.grad).nbytes for p in parameters.values() if p.grad is not None
-        )
+        gradients = sum(_local(p.grad).nbytes for p in parameters.values() if p.grad is not None)
         return RankPlan(
             place=place,
             parameters=sum(p.numel() for p in local.values()),
@@ -279,8 +276,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "training.batch_size=... (rows of the global batch), data.max_length=...",
     )
     parser.add_argument("--ranks", type=int, required=True)
-    parser.add_argument("--layouts", nargs="*", default=[], metavar="AXIS=N,...",
-                        help="several layouts beside one another, e.g. shard=8,tensor=2 pipeline=2,shard=8")  # fmt: skip
+    parser.add_argument(
+        "--layouts", nargs="*", default=[], metavar="AXIS=N,...",
+        help="several beside one another, for example shard=8,tensor=2 pipeline=2,shard=8",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     asked = parser.parse_intermixed_args(arguments)
@@ -360,9 +359,8 @@ def table(plans: Sequence[Plan]) -> str:
             )
             lines.append(f"    a step   {_size(place.sent_bytes)} sent")
             for (axis, kind), traffic in place.traffic.items():
-                lines.append(
-                    f"      {axis:<10} {kind:<15} {traffic.count:>6} times {_size(traffic.bytes):>12}"
-                )
+                size = _size(traffic.bytes)
+                lines.append(f"      {axis:<10} {kind:<15} {traffic.count:>6} times {size:>12}")
     return "\n".join(lines)
 
 

@@ -178,9 +178,7 @@ def _block_plan(sequence: bool) -> dict[str, ParallelStyle]:
         },
         "self_attn.o_proj": RowwiseParallel(output_layouts=between),
         "post_attention_layernorm": _norm(sequence),
-        "mlp": PrepareModuleInput(
-            input_layouts=(between,), desired_input_layouts=(Replicate(),)
-        ),
+        "mlp": PrepareModuleInput(input_layouts=(between,), desired_input_layouts=(Replicate(),)),
         "mlp.gate_proj": ColwiseParallel(),
         "mlp.up_proj": ColwiseParallel(),
         "mlp.down_proj": RowwiseParallel(output_layouts=between),

@@ -100,9 +100,7 @@ def check_pipeline(model: nn.Module, config: DistributedConfig, pipeline: int) -
     microbatches_of(config, pipeline)
 
 
-def microbatches_of(
-    config: DistributedConfig, pipeline: int, batch_size: int | None = None
-) -> int:
+def microbatches_of(config: DistributedConfig, pipeline: int, batch_size: int | None = None) -> int:
     """Parts of a rank's batch that are in the pipeline one after another.
 
     Args:

@@ -57,7 +57,9 @@ def collectives(layout: dict[str, Any], layers: int) -> Counter[str]:
     return found
 
 
-@pytest.mark.filterwarnings("ignore:For backward hooks to be called")  # CommDebugMode's hooks
+# Both for the hooks of CommDebugMode.
+@pytest.mark.filterwarnings("ignore:For backward hooks to be called")
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
 @pytest.mark.parametrize("layers", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_collectives_of_a_step(layers: int) -> None:
     # A gather for each block's forward and backward, one for table, norm and head together.
@@ -76,7 +78,7 @@ def test_the_meter_sees_the_peak() -> None:
         first = torch.ones(1000)  # 4,000 bytes
         second = first * 2
         del first
-        second = second * 2  # noqa: F841
+        second = second * 2
         views = second[:10].view(2, 5)  # noqa: F841
     assert meter.peak == 8000
 
@@ -106,7 +108,10 @@ def test_recomputing_and_sharding_lower_the_peak() -> None:
 
 @pytest.mark.parametrize(
     "schedule",
-    ["1f1b", *(pytest.param(s, marks=pytest.mark.slow) for s in ("gpipe", "interleaved_1f1b", "zbv"))],
+    [
+        "1f1b",
+        *(pytest.param(s, marks=pytest.mark.slow) for s in ("gpipe", "interleaved_1f1b", "zbv")),
+    ],
 )
 def test_stages_together_hold_the_model_and_send_their_hidden_states(schedule: str) -> None:
     layout = shares(pipeline=2, schedule=schedule, microbatches=4)
@@ -148,11 +153,11 @@ def test_what_ranks_refuse_before_they_speak() -> None:
             parallelize(model, config, mesh)
         with pytest.raises(ConfigError, match="on the meta device of rank 0"):
             parallelize(make_model().to("meta"), config, mesh)
-    with pretended(shares(tensor=2), 2) as (config, mesh):
-        with pytest.raises(ConfigError, match="no plan splits Linear; it must be a Hugging"):
-            parallelize(torch.nn.Linear(2, 2), config, mesh)
-    with pretended(shares(pipeline=2), 2) as (config, mesh):
-        with pytest.raises(ConfigError, match="Linear cannot be cut into stages"):
+    for layout, said in (
+        (shares(tensor=2), "no plan splits Linear; it must be a Hugging"),
+        (shares(pipeline=2), "Linear cannot be cut into stages"),
+    ):
+        with pretended(layout, 2) as (config, mesh), pytest.raises(ConfigError, match=said):
             parallelize(torch.nn.Linear(2, 2), config, mesh)
 
 
