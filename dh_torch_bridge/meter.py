@@ -63,6 +63,12 @@ class Meter(TorchDispatchMode):
         for tensor in tensors:
             self._see(tensor.to_local() if isinstance(tensor, DTensor) else tensor)
 
+    def add_reduction(self, axis: str, size: int) -> None:
+        """An all-reduce of so many bytes that nobody ran, such as DDP's."""
+        ranks = next((n for name, n in self.axes.values() if name == axis), 1)
+        if ranks > 1:
+            self.send(axis, "all_reduce", 2 * size * (ranks - 1) // ranks)
+
     def send(self, axis: str, kind: str, size: int) -> None:
         pair = self._counts[axis, kind]
         pair[0] += 1
@@ -89,13 +95,10 @@ class Meter(TorchDispatchMode):
         if name not in KINDS:
             raise NotImplementedError(f"the collective {name} is not known to the meter")
         kind, which = KINDS[name]
-        group = next(
-            a if isinstance(a, str) else dist.ProcessGroup.unbox(a).group_name
-            for a in reversed(args)
-            if isinstance(a, torch.ScriptObject) or (isinstance(a, str) and a in self.axes)
-            if isinstance(a, str) or "ProcessGroup" in str(a._type())
+        axis, ranks = next(
+            (self.axes[group] for group in map(_group_name, args) if group in self.axes),
+            ("world", dist.get_world_size()),
         )
-        axis, ranks = self.axes.get(group, ("world", dist.get_world_size()))
         if ranks == 1:
             return
         whole = {"first": args[0], "second": args[1], "result": result}[which]
@@ -119,3 +122,12 @@ class Meter(TorchDispatchMode):
         self.held = sum(
             storage.nbytes() for ref in list(self._live.values()) if (storage := ref()) is not None
         )
+
+
+def _group_name(argument: Any) -> str | None:
+    """Of a process group, which is passed by itself, boxed or by its name."""
+    if isinstance(argument, str):
+        return argument
+    if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type()):
+        argument = dist.ProcessGroup.unbox(argument)
+    return argument.group_name if isinstance(argument, dist.ProcessGroup) else None

@@ -38,7 +38,8 @@ def shard_blocks(model: nn.Module, config: DistributedConfig, mesh: DeviceMesh) 
         fully_shard(
             module,
             mesh=mesh["replicate", "shard"] if mesh["replicate"].size() > 1 else mesh["shard"],
-            reshard_after_forward=config.reshard_after_forward,
+            # What is left over, table and head, is needed again as soon as the backward begins.
+            reshard_after_forward=config.reshard_after_forward and module is not model,
             mp_policy=MixedPrecisionPolicy(
                 param_dtype=_dtype(config.param_dtype), reduce_dtype=_dtype(config.reduce_dtype)
             ),

@@ -46,6 +46,7 @@ SCHEDULES: dict[str, tuple[str, int | None]] = {
     "interleaved_zero_bubble": ("InterleavedZeroBubble", None),
     "zbv": ("ZBVZeroBubble", 2),
 }
+SPLIT_BACKWARD = ("interleaved_zero_bubble", "zbv")
 
 
 def load_distributed_config(
@@ -107,6 +108,15 @@ def validate(config: DistributedConfig) -> DistributedConfig:
         raise ConfigError(f"distributed.timeout is {config.timeout}; give seconds above 0")
     if config.pipeline != 1:
         stages_of_rank(config)
+        shares = config.replicate != 1 or config.shard != 1 or config.cpu_offload
+        shares = shares or config.param_dtype is not None or config.reduce_dtype is not None
+        if config.schedule in SPLIT_BACKWARD and shares and config.reshard_after_forward:
+            # Seen with torch 2.13: weights' gradients are wrong, and nothing says so.
+            raise ConfigError(
+                f"distributed.schedule={config.schedule} splits the backward, which FSDP2 gets "
+                "wrong where it frees parameters in between; set "
+                "distributed.reshard_after_forward=false, or take interleaved_1f1b"
+            )
     return config
 
 

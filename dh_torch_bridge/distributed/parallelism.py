@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_module,
+    distribute_tensor,
+)
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -22,6 +30,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.distributed.tensor.parallel.style import ParallelStyle
+from torch.nn.functional import embedding
 
 from dh_jax.errors import ConfigError
 from dh_torch_bridge.distributed.weights import tie, tied_names
@@ -38,6 +47,38 @@ class Repeated(ParallelStyle):
             return output.to_local()
 
         return distribute_module(module, device_mesh, None, known, local)
+
+
+class SplitTable(ParallelStyle):
+    """An embedding of which each tensor rank holds some ids.
+
+    As torch's `RowwiseParallel`, whose backward in torch 2.13 has every rank make the gradient
+    of the whole table.
+    """
+
+    def __init__(self, output: Placement) -> None:
+        self.output = output
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def split(_: str, table: nn.Module, mesh: DeviceMesh) -> None:
+            weight = table.get_parameter("weight")
+            table.register_parameter(
+                "weight", nn.Parameter(distribute_tensor(weight, mesh, (Shard(0),)))
+            )
+
+        def look_up(ids: torch.Tensor) -> torch.Tensor:
+            rows: Any = module.weight
+            mine = rows.to_local()
+            places = ids - device_mesh.get_local_rank() * len(mine)
+            elsewhere = (places < 0) | (places >= len(mine))
+            found = embedding(places.masked_fill(elsewhere, 0), mine)
+            partial = found.masked_fill(elsewhere[..., None], 0)
+            whole = DTensor.from_local(partial, device_mesh, (Partial(),))
+            return whole.redistribute(placements=(self.output,)).to_local()
+
+        distribute_module(module, device_mesh, split)
+        module.forward = look_up  # type: ignore[method-assign]
+        return module
 
 
 def check_tensor(model: nn.Module, tensor: int) -> None:
@@ -98,9 +139,7 @@ def split_matrices(model: nn.Module, mesh: DeviceMesh, *, sequence: bool) -> Non
     ties = tied_names(model)
     between = Shard(1) if sequence else Replicate()
     ends: dict[str, ParallelStyle] = {
-        "model.embed_tokens": RowwiseParallel(
-            input_layouts=Replicate(), output_layouts=between
-        ),
+        "model.embed_tokens": SplitTable(between),
         "model.norm": _norm(sequence),
         "lm_head": ColwiseParallel(
             input_layouts=between, output_layouts=Shard(-1), use_local_output=False
@@ -139,9 +178,7 @@ def _block_plan(sequence: bool) -> dict[str, ParallelStyle]:
         },
         "self_attn.o_proj": RowwiseParallel(output_layouts=between),
         "post_attention_layernorm": _norm(sequence),
-        "mlp": PrepareModuleInput(
-            input_layouts=(between,), desired_input_layouts=(Replicate(),)
-        ),
+        "mlp": PrepareModuleInput(input_layouts=(between,), desired_input_layouts=(Replicate(),)),
         "mlp.gate_proj": ColwiseParallel(),
         "mlp.up_proj": ColwiseParallel(),
         "mlp.down_proj": RowwiseParallel(output_layouts=between),

@@ -100,7 +100,8 @@ def parallelize(
     tied = pipeline > 1 and any(HEAD in names for names in tied_names(model))
     parts: dict[int, nn.Module] = {0: model}
     if pipeline > 1:
-        parts = dict(cut(model, config, mesh, autocast))
+        rank = mesh.get_local_rank("pipeline")
+        parts = dict(cut(model, config, pipeline, rank, autocast))
     for part in parts.values():
         lay_out(part, config, mesh)
     give_weights([*parts.values()], weights, device, offload=config.cpu_offload)

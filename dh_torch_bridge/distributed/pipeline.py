@@ -76,7 +76,7 @@ class Stage(nn.Module):
                 return hidden_BTD
             assert self.lm_head is not None
             logits_BTV = self.lm_head(body.norm(hidden_BTD))
-        return losses_of_logits(logits_BTV, shift_labels)
+        return losses_of_logits(logits_BTV, shift_labels).clone()  # FSDP2 dislikes views
 
 
 def check_pipeline(model: nn.Module, config: DistributedConfig, pipeline: int) -> None:
@@ -100,9 +100,7 @@ def check_pipeline(model: nn.Module, config: DistributedConfig, pipeline: int) -
     microbatches_of(config, pipeline)
 
 
-def microbatches_of(
-    config: DistributedConfig, pipeline: int, batch_size: int | None = None
-) -> int:
+def microbatches_of(config: DistributedConfig, pipeline: int, batch_size: int | None = None) -> int:
     """Parts of a rank's batch that are in the pipeline one after another.
 
     Args:
@@ -133,20 +131,25 @@ def microbatches_of(
 
 
 def cut(
-    model: nn.Module, config: DistributedConfig, mesh: DeviceMesh, autocast: torch.dtype | None
+    model: nn.Module,
+    config: DistributedConfig,
+    pipeline: int,
+    rank: int,
+    autocast: torch.dtype | None,
 ) -> dict[int, Stage]:
-    """This rank's stages by their place in the pipeline; the first is on rank 0 of the axis."""
-    ranks, rank = mesh["pipeline"].size(), mesh.get_local_rank("pipeline")
-    mine = stages_of_rank(config)
-    total = ranks * mine
-    places = [rank + ranks * i for i in range(mine)]
-    if config.schedule == "zbv":  # down the ranks and up again
-        places = [rank, total - 1 - rank]
-    cuts = _cuts(len(model.get_submodule("model.layers")), total)
+    """The stages of one rank of so many on the pipeline axis, by their place in the pipeline."""
+    cuts = _cuts(len(model.get_submodule("model.layers")), pipeline * stages_of_rank(config))
     return {
         place: Stage(model, range(cuts[place], cuts[place + 1]), autocast=autocast)
-        for place in places
+        for place in stage_places(config, pipeline, rank)
     }
+
+
+def stage_places(config: DistributedConfig, pipeline: int, rank: int) -> list[int]:
+    """Where a rank's stages stand: every so many ranks, or down the ranks and up again (ZBV)."""
+    if config.schedule == "zbv":
+        return [rank, 2 * pipeline - 1 - rank]
+    return [rank + pipeline * i for i in range(stages_of_rank(config))]
 
 
 def _cuts(layers: int, stages: int) -> list[int]:

@@ -33,11 +33,11 @@ def make_model(dtype: str = "float32", *, tied: bool = False, **shape: Any) -> L
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
+        "initializer_range": 0.2,
     }
     config = LlamaConfig(
         **{**sizes, **shape},
         tie_word_embeddings=tied,
-        initializer_range=0.2,
         use_cache=False,
         attn_implementation="sdpa",
     )

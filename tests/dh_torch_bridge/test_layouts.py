@@ -15,6 +15,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from dh_torch_bridge.distributed.mesh import SPLIT_BACKWARD  # noqa: E402
 from tests.dh_torch_bridge.launch import torchrun  # noqa: E402
 from tests.dh_torch_bridge.layouts import (  # noqa: E402
     MAX_NORM,
@@ -48,14 +49,16 @@ FOUR: dict[str, Layout] = {
     "fsdp_tp": shares(shard=2, tensor=2),
     "fsdp_sp": shares(shard=2, tensor=2, sequence_parallel=True),
     "replicate_tp": shares(replicate=2, tensor=2),
-    **{f"{name}_fsdp": {**layout, "shard": 2} for name, layout in PIPELINES.items()},
+    **{
+        f"{name}_fsdp": {**layout, "shard": 2, "reshard_after_forward": name not in SPLIT_BACKWARD}
+        for name, layout in PIPELINES.items()
+    },
     "pp_tp": shares(pipeline=2, tensor=2),
     "pp4": shares(pipeline=4, microbatches=8),
 }
 EIGHT: dict[str, Layout] = {
     **{
-        f"{name}_fsdp_tp": {**layout, "shard": 2, "tensor": 2}
-        for name, layout in PIPELINES.items()
+        f"{name}_fsdp_tp": {**layout, "shard": 2, "tensor": 2} for name, layout in PIPELINES.items()
     },
     "pp_hsdp": shares(pipeline=2, replicate=2, shard=2),
     "pp_fsdp_sp": shares(pipeline=2, shard=2, tensor=2, sequence_parallel=True),

@@ -166,7 +166,7 @@ def test_two_ranks_read_and_train_as_one_process_does(
     assert done.returncode == 0, done.stderr
     with get_loader(make_config(store=str(store)), batch_size=8) as loader:
         rows = torch.stack([next(loader)["input_ids"] for _ in range(5)])
-    for name in ("ddp", "fsdp2", "hybrid", "tp"):
+    for name in ("ddp", "fsdp2", "tp"):
         first, second = (torch.load(tmp_path / f"{name}-rank{r}.pt") for r in (0, 1))
         if name == "tp":  # both are one data-parallel rank
             assert torch.equal(first, rows) and torch.equal(second, rows)
@@ -217,9 +217,58 @@ def test_a_run_is_not_written_over(overrides: list[str], tmp_path: Path, capsys:
     assert (tmp_path / "config.yaml").read_text() == "kept"
 
 
-@pytest.mark.slow
-def test_a_layout_that_does_not_fit_stops_all_ranks(overrides: list[str], tmp_path: Path) -> None:
+MISTAKES = {
+    "heads": (["distributed=tp"], "tensor=2 does not divide the model's 1 (key-value heads)"),
+    "sizes": (["distributed=fsdp2", "distributed.shard=3"], "does not fit 2 ranks; start torchrun"),
+    "microbatches": (
+        ["distributed=pipeline", "distributed.microbatches=1"],
+        "microbatches is 1, fewer than the 2 stages",
+    ),
+    "rows": (
+        ["distributed=pipeline", "distributed.microbatches=3"],
+        "8 rows do not make 3 microbatches",
+    ),
+    "layers": (["distributed=pipeline", "model.layers=1"], "1 layers are too few for 2 pipeline"),
+    "cuda": (["distributed=fsdp2", "distributed.backend=nccl"], "2 ranks need 2 GPUs"),
+}
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        pytest.param(name, marks=() if name == "heads" else pytest.mark.slow)
+        for name in MISTAKES
+        if not (name == "cuda" and torch.cuda.is_available())
+    ],
+)
+def test_a_layout_that_cannot_be_stops_all_ranks(
+    mistake: str, overrides: list[str], tmp_path: Path
+) -> None:
+    """torchrun ends with an error before the time-out of `torchrun` here: no rank waits."""
+    changes, said = MISTAKES[mistake]
     command = ["-m", "dh_torch_bridge.train", *overrides, f"out={tmp_path / 'run'}"]
-    done = torchrun(*command, "distributed=fsdp2", "distributed.shard=3")
+    if mistake == "heads":
+        changes = [*changes, "model.kv_heads=1"]
+    done = torchrun(*command, *changes)
     assert done.returncode != 0 and not (tmp_path / "run").exists()
-    assert "does not fit 2 ranks; start torchrun with --nproc-per-node 3" in done.stderr
+    told = [line for line in done.stderr.splitlines() if "dh_torch_bridge.train (rank" in line]
+    assert len(told) == 1 and "(rank 0)" in told[0] and said in told[0], done.stderr
+    assert done.stderr.count("exitcode") <= 2 and "exitcode  : 2" in done.stderr
+
+
+@pytest.mark.slow
+def test_ranks_do_not_wait_for_ever(tmp_path: Path) -> None:
+    """One rank stands still: the other gives up after ``timeout``, and torchrun ends both."""
+    script = tmp_path / "still.py"
+    script.write_text(
+        "import time\n"
+        "from dh_torch_bridge import load_distributed_config, make_mesh\n"
+        "from dh_torch_bridge.distributed.mesh import sum_over_data\n"
+        "import torch, torch.distributed as dist\n"
+        "mesh = make_mesh(load_distributed_config('fsdp2', ['timeout=5', 'backend=gloo']))\n"
+        "if dist.get_rank():\n"
+        "    time.sleep(3600)\n"
+        "sum_over_data(torch.ones(()), mesh)\n"
+    )
+    done = torchrun(str(script), timeout=200)
+    assert done.returncode != 0 and "imed out" in done.stderr, done.stderr[-3000:]
