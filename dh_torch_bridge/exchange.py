@@ -34,7 +34,7 @@ def to_jax(tensor: torch.Tensor) -> jax.Array:
             f"a tensor of shape {tuple(tensor.shape)} is spread over {tensor.device_mesh}; give "
             "JAX the whole (tensor.full_tensor()) or this rank's part (tensor.to_local())"
         )
-    if tensor.dtype.itemsize == 8 and not jax.config.jax_enable_x64:
+    if tensor.dtype.itemsize == 8 and not jax.config.read("jax_enable_x64"):
         raise ConfigError(
             f"a tensor of {tensor.dtype} goes to JAX, which has 32 bits here; convert it, or set "
             "jax_enable_x64"
