@@ -360,7 +360,7 @@ def table(plans: Sequence[Plan]) -> str:
             lines.append(f"    a step   {_size(place.sent_bytes)} sent")
             for (axis, kind), traffic in place.traffic.items():
                 size = _size(traffic.bytes)
-                lines.append(f"      {axis:<10} {kind:<15} {traffic.count:>6} times {size:>12}")
+                lines.append(f"      {axis:<10} {kind:<15} {traffic.times:>6} times {size:>12}")
     return "\n".join(lines)
 
 
