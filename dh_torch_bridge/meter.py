@@ -32,7 +32,7 @@ IGNORED_OPERATIONS = ("wait_tensor", "barrier", "monitored_barrier_")
 class Traffic(NamedTuple):
     """Collectives of one kind along one axis."""
 
-    count: int
+    times: int
     bytes: int  # that a rank sends, if the collective is a ring
 
 

@@ -252,7 +252,7 @@ def _padding(parameters: list[Any]) -> float:
     """FSDP2 splits the first dimension and fills it up to a multiple of the ranks."""
     real = padded = 0
     for p in parameters:
-        names = p.device_mesh.mesh_dim_names if isinstance(p, DTensor) else ()
+        names = (p.device_mesh.mesh_dim_names or ()) if isinstance(p, DTensor) else ()
         for name, placement in zip(names, getattr(p, "placements", ()), strict=True):
             if name == "shard" and placement.is_shard():
                 rows, ranks = p.shape[0], p.device_mesh["shard"].size()
@@ -360,7 +360,7 @@ def table(plans: Sequence[Plan]) -> str:
             lines.append(f"    a step   {_size(place.sent_bytes)} sent")
             for (axis, kind), traffic in place.traffic.items():
                 size = _size(traffic.bytes)
-                lines.append(f"      {axis:<10} {kind:<15} {traffic.count:>6} times {size:>12}")
+                lines.append(f"      {axis:<10} {kind:<15} {traffic.times:>6} times {size:>12}")
     return "\n".join(lines)
 
 

@@ -33,11 +33,11 @@ def clip_gradients(
     Returns:
         The norm before clipping, on the mesh's device, the same on every rank.
     """
-    held = [p for p in parameters if p.grad is not None]
+    held = [(p, p.grad) for p in parameters if p.grad is not None]
     squares: dict[tuple[str, ...], list[torch.Tensor]] = {}
     locals_ = []
-    for parameter in held:
-        gradient = parameter.grad = settle(parameter.grad, parameter)
+    for parameter, unsettled in held:
+        gradient = parameter.grad = settle(unsettled, parameter)
         axes: tuple[str, ...] = ()
         if isinstance(gradient, DTensor):
             names = gradient.device_mesh.mesh_dim_names or ()

@@ -77,7 +77,7 @@ class SplitTable(ParallelStyle):
             return whole.redistribute(placements=(self.output,)).to_local()
 
         distribute_module(module, device_mesh, split)
-        module.forward = look_up  # type: ignore[method-assign]
+        module.forward = look_up
         return module
 
 
@@ -147,8 +147,9 @@ def split_matrices(model: nn.Module, mesh: DeviceMesh, *, sequence: bool) -> Non
     }
     held = {name for name, module in model.named_modules() if module is not None}
     parallelize_module(model, mesh, {name: p for name, p in ends.items() if name in held})
-    for block in model.get_submodule("model.layers"):
-        if block is not None:
+    blocks: Any = model.get_submodule("model.layers")
+    for block in blocks:
+        if block is not None:  # another pipeline stage has it
             plan = _block_plan(sequence)
             names = {name for name, _ in block.named_modules()}
             parallelize_module(block, mesh, {name: p for name, p in plan.items() if name in names})

@@ -39,14 +39,16 @@ class Stage(nn.Module):
         self.first, self.last = layers.start == 0, layers.stop == len(body.layers)
         self.config = whole.config
         self.autocast = autocast
-        self.model = nn.Module()
-        self.model.embed_tokens = body.embed_tokens if self.first else None
-        self.model.layers = nn.ModuleList()
+        mine: Any = nn.Module()
+        self.model = mine
+        mine.embed_tokens = body.embed_tokens if self.first else None
+        mine.layers = nn.ModuleList()
         for index, layer in enumerate(body.layers):
-            self.model.layers.add_module(str(index), layer if index in layers else None)
-        self.model.norm = body.norm if self.last else None
-        self.model.rotary_emb = body.rotary_emb
-        self.lm_head = whole.lm_head if self.last else None
+            mine.layers.add_module(str(index), layer if index in layers else None)
+        mine.norm = body.norm if self.last else None
+        mine.rotary_emb = body.rotary_emb
+        head: Any = whole.lm_head if self.last else None
+        self.lm_head: nn.Module | None = head
 
     def forward(
         self,
@@ -90,7 +92,7 @@ def check_pipeline(model: nn.Module, config: DistributedConfig, pipeline: int) -
             f"distributed.pipeline={pipeline}: {type(model).__name__} cannot be cut into stages; "
             "it must be a Hugging Face model of the Llama family, or take pipeline=1"
         )
-    layers, stages = len(model.get_submodule("model.layers")), pipeline * stages_of_rank(config)
+    layers, stages = _count_layers(model), pipeline * stages_of_rank(config)
     if layers < stages:
         raise ConfigError(
             f"the model's {layers} layers are too few for {stages} pipeline stages "
@@ -138,7 +140,7 @@ def cut(
     autocast: torch.dtype | None,
 ) -> dict[int, Stage]:
     """The stages of one rank of so many on the pipeline axis, by their place in the pipeline."""
-    cuts = _cuts(len(model.get_submodule("model.layers")), pipeline * stages_of_rank(config))
+    cuts = _cuts(_count_layers(model), pipeline * stages_of_rank(config))
     return {
         place: Stage(model, range(cuts[place], cuts[place + 1]), autocast=autocast)
         for place in stage_places(config, pipeline, rank)
@@ -150,6 +152,11 @@ def stage_places(config: DistributedConfig, pipeline: int, rank: int) -> list[in
     if config.schedule == "zbv":
         return [rank, 2 * pipeline - 1 - rank]
     return [rank + pipeline * i for i in range(stages_of_rank(config))]
+
+
+def _count_layers(model: nn.Module) -> int:
+    blocks: Any = model.get_submodule("model.layers")
+    return len(blocks)
 
 
 def _cuts(layers: int, stages: int) -> list[int]:

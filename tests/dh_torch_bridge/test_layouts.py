@@ -58,7 +58,8 @@ FOUR: dict[str, Layout] = {
 }
 EIGHT: dict[str, Layout] = {
     **{
-        f"{name}_fsdp_tp": {**layout, "shard": 2, "tensor": 2} for name, layout in PIPELINES.items()
+        f"{name}_fsdp_tp": {**layout, "shard": 2, "tensor": 2, "reshard_after_forward": False}
+        for name, layout in PIPELINES.items()
     },
     "pp_hsdp": shares(pipeline=2, replicate=2, shard=2),
     "pp_fsdp_sp": shares(pipeline=2, shard=2, tensor=2, sequence_parallel=True),
