@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dh_jax.distillation_schema import DistillationConfig
+from dh_jax.distributed_schema import DistributedConfig
 from dh_jax.errors import ConfigError
 from dh_jax.rules import (
     decisive_spec,
@@ -37,7 +38,6 @@ from dh_jax.schema import (
     ConversationConfig,
     DataConfig,
     DecontaminationConfig,
-    DistributedConfig,
     FilesSource,
     HubSource,
     InfluenceConfig,

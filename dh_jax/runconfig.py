@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from dh_jax.config import (
     DataConfig,
+    DistributedConfig,
     MeshConfig,
     MixingConfig,
     RunConfig,
@@ -33,6 +34,7 @@ MAY_CHANGE = {  # config keys that may differ between a run and its resumption
     "training.log_interval", "training.tensorboard", "training.wandb", "training.keep_every",
     "search.processes",
     *(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig)),
+    *(f"distributed.{field.name}" for field in dataclasses.fields(DistributedConfig)),
 }  # fmt: skip
 
 
@@ -134,7 +136,7 @@ def resolve_reference(mixing: MixingConfig, names: list[str]) -> MixingConfig:
     return dataclasses.replace(mixing, reference=reference, reference_run=None)
 
 
-def refuse_other_config(folder: Path, config: RunConfig) -> None:
+def refuse_other_config(folder: Path, config: RunConfig | TorchRunConfig) -> None:
     """Refuse to resume a run under a config that would make it another run."""
     saved = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     now = json.loads(json.dumps(public_run(config)))

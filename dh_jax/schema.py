@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dh_jax.distillation_schema import DistillationConfig
+from dh_jax.distributed_schema import DistributedConfig
 
 SPLITS = ("train", "probe", "eval")
 # array_record holds JSON objects, array_record_text plain UTF-8.
@@ -273,25 +274,6 @@ class MeshConfig:
 
 
 @dataclass
-class DistributedConfig:
-    """How torch ranks share a model, and in what precision they work on their shares.
-
-    ``replicate`` times ``shard`` is the number of ranks; one of the two may be -1 (what is left).
-    ``replicate`` groups of ranks each hold the whole model, split over the ``shard`` ranks of the
-    group. The three keys after them are for fsdp2 alone.
-    """
-
-    name: str = "single"
-    strategy: str = "single"  # single (one process), ddp (copies), fsdp2 (shares; hybrid if both)
-    replicate: int = 1
-    shard: int = 1
-    param_dtype: str | None = None  # gathered parameters and activations; None: as the model has
-    reduce_dtype: str | None = None  # sums of gradients over ranks; None: param_dtype
-    reshard_after_forward: bool = True  # free a block's parameters until its backward
-    backend: str = "auto"  # auto (nccl where there is a GPU, else gloo), nccl, gloo
-
-
-@dataclass
 class StageConfig:
     """Weights that hold from a step on; a source that is not named has weight 0."""
 
@@ -393,3 +375,4 @@ class TorchRunConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     out: str = "runs/torch"
+    resume: bool = False  # a restart by torchrun resumes by itself

@@ -2,60 +2,117 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, IterableDataset
 
 from dh_jax.batch import Batch, Origins
-from dh_jax.config import DataConfig
+from dh_jax.config import DataConfig, suggest
 from dh_jax.data import loader as data
+from dh_jax.errors import ConfigError
+from dh_torch_bridge.copies import COPIED
 
 IGNORED = -100  # the label that torch's cross_entropy ignores by default
 
-TorchBatch = dict[str, torch.Tensor]
+TorchBatch = dict[str, Any]  # tensors, and max_seqlen as a number
 
 
-def get_loader(config: str | Path | DataConfig | Mapping[str, Any], **options: Any) -> TorchLoader:
+# What a batch has by default, and what else it can be asked for.
+COLUMNS = ("input_ids", "labels", "shift_labels", "position_ids", "segment_ids", "source_ids")
+MORE_COLUMNS = ("attention_mask", "cu_seqlens", "max_seqlen")
+
+
+def get_loader(
+    config: str | Path | DataConfig | Mapping[str, Any],
+    *,
+    columns: Sequence[str] = COLUMNS,
+    pin_memory: bool | None = None,
+    **options: Any,
+) -> TorchLoader:
     """`dh_jax.data.loader.get_loader`, yielding torch tensors on the CPU.
 
     Args:
         config: a shipped name, a YAML file, a mapping, or a `DataConfig`.
+        columns: what batches hold, of `COLUMNS` and `MORE_COLUMNS`; see `as_torch`.
+        pin_memory: copy batches into pinned memory, for transfers to a GPU beside its work;
+            default: where there is a GPU.
         **options: those of the JAX loader; ``shard`` is (data-parallel rank, size).
 
     Returns:
         An iterator of batches as `as_torch` describes them, with the weights, statistics and
         state of the loader below it. Loading initialises no JAX backend.
+
+    Raises:
+        ConfigError: a column is unknown; else as the JAX loader.
     """
-    return TorchLoader(data.get_loader(config, **options))
+    known = (*COLUMNS, *MORE_COLUMNS)
+    for name in columns:
+        if name not in known:
+            raise ConfigError(
+                f"no column {name!r}{suggest(name, list(known))}; known: {', '.join(known)}"
+            )
+    pinned = torch.cuda.is_available() if pin_memory is None else pin_memory
+    below = data.get_loader(config, **options)
+    return TorchLoader(below, options.get("shard", (0, 1)), tuple(columns), pinned)
 
 
-def as_torch(batch: Batch) -> TorchBatch:
+def as_torch(batch: Batch, columns: Sequence[str] = COLUMNS) -> TorchBatch:
     """A NumPy `Batch` in Hugging Face's conventions, B rows of T tokens.
 
-    Returns:
-        ``input_ids``, ``position_ids`` (from 0 in every document) and ``segment_ids`` (1, 2, ...;
-        0 = padding), all int32 ``[B, T]`` sharing memory with the batch; ``source_ids`` int32
-        ``[B]``, likewise; ``shift_labels`` int64 ``[B, T]``, the target of each position, and
-        ``labels`` int64 ``[B, T]``, the same one place to the right, both -100 where nothing is
-        learnt. Labels are the one copy: torch's losses refuse int32. Plain ``labels`` cannot
-        hold the last target of a document that goes on in another row; ``shift_labels`` does.
+    ==============  ========================================================================
+    input_ids       int32 ``[B, T]``, the batch's own memory
+    position_ids    int32 ``[B, T]``, from 0 in every document; likewise
+    segment_ids     int32 ``[B, T]``, 1, 2, ... along a row, 0 = padding; likewise
+    source_ids      int32 ``[B]``, numbers of `TorchLoader.names`; likewise
+    shift_labels    int64 ``[B, T]``, the target of each position; -100: nothing is learnt
+    labels          int64 ``[B, T]``, the same one place to the right, as transformers has it
+    attention_mask  bool ``[B, 1, T, T]``, of `document_mask`
+    cu_seqlens      int32 ``[N + 1]``, where the documents of all rows, laid end to end, begin
+                    and end; the padding of a row is one more. For kernels of variable length
+    max_seqlen      int, the longest of them
+    ==============  ========================================================================
+
+    Labels are the one copy (counted in `COPIED` under ``labels``): torch's losses refuse int32.
+    Plain ``labels`` cannot hold the last target of a document that goes on in another row;
+    ``shift_labels`` does.
     """
-    targets_BT = np.where(batch.loss_mask_BT, batch.targets_BT, IGNORED).astype(np.int64)
-    labels_BT = np.full_like(targets_BT, IGNORED)
-    labels_BT[:, 1:] = targets_BT[:, :-1]
-    # A split document's last target would otherwise land on the next document's first token.
-    labels_BT[batch.positions_BT == 0] = IGNORED
-    return {
+    made: TorchBatch = {
         "input_ids": torch.from_numpy(batch.tokens_BT),
-        "labels": torch.from_numpy(labels_BT),
-        "shift_labels": torch.from_numpy(targets_BT),
         "position_ids": torch.from_numpy(batch.positions_BT),
         "segment_ids": torch.from_numpy(batch.segment_ids_BT),
         "source_ids": torch.from_numpy(batch.source_ids_B),
     }
+    if "shift_labels" in columns or "labels" in columns:
+        targets_BT = np.full(batch.targets_BT.shape, IGNORED, np.int64)
+        np.copyto(targets_BT, batch.targets_BT, where=batch.loss_mask_BT)
+        made["shift_labels"] = torch.from_numpy(targets_BT)
+        COPIED["labels"] += targets_BT.nbytes
+    if "labels" in columns:
+        labels_BT = np.empty_like(targets_BT)
+        labels_BT[:, 0] = IGNORED
+        labels_BT[:, 1:] = targets_BT[:, :-1]
+        # A split document's last target would otherwise land on the next document's first token.
+        np.putmask(labels_BT, batch.positions_BT == 0, IGNORED)
+        made["labels"] = torch.from_numpy(labels_BT)
+        COPIED["labels"] += labels_BT.nbytes
+    if "attention_mask" in columns:
+        made["attention_mask"] = document_mask(made["segment_ids"])
+    if "cu_seqlens" in columns or "max_seqlen" in columns:
+        made["cu_seqlens"] = document_bounds(made["segment_ids"])
+        made["max_seqlen"] = int(made["cu_seqlens"].diff().max())
+    return {name: made[name] for name in columns}
+
+
+def document_bounds(segment_ids_BT: torch.Tensor) -> torch.Tensor:
+    """``cu_seqlens``: int32 ``[N + 1]`` ends of documents (and paddings) in ``B * T`` tokens."""
+    first_BT = torch.ones_like(segment_ids_BT, dtype=torch.bool)
+    first_BT[:, 1:] = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
+    starts_N = first_BT.flatten().nonzero()[:, 0]
+    return torch.cat([starts_N, starts_N.new_tensor([first_BT.numel()])]).int()
 
 
 def document_mask(segment_ids_BT: torch.Tensor) -> torch.Tensor:
@@ -72,14 +129,36 @@ def document_mask(segment_ids_BT: torch.Tensor) -> torch.Tensor:
 class TorchLoader:
     """An iterator of torch batches over a `dh_jax` loader; a context manager."""
 
-    def __init__(self, loader: data.Loader):
+    def __init__(
+        self,
+        loader: data.Loader,
+        shard: tuple[int, int] = (0, 1),
+        columns: tuple[str, ...] = COLUMNS,
+        pin_memory: bool = False,
+    ):
         self._loader = loader
+        self.shard = shard  # (data-parallel rank, size)
+        self._columns, self._pinned = columns, pin_memory
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> TorchBatch:
-        return as_torch(next(self._loader))
+        batch = as_torch(next(self._loader), self._columns)
+        if self._pinned:
+            for name, x in batch.items():
+                if isinstance(x, torch.Tensor):
+                    batch[name] = x.pin_memory()
+                    COPIED["pinned"] += x.nbytes
+        return batch
+
+    def as_dataloader(self) -> DataLoader[TorchBatch]:
+        """This loader in a `torch.utils.data.DataLoader`, for trainers that insist on one.
+
+        It has no workers and gives the same batches, of this rank's rows already. Change weights,
+        and save and load states, through the `TorchLoader` itself.
+        """
+        return DataLoader(_Batches(self), batch_size=None)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -121,3 +200,11 @@ class TorchLoader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _Batches(IterableDataset[TorchBatch]):
+    def __init__(self, loader: TorchLoader):
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[TorchBatch]:
+        return iter(self._loader)

@@ -2,6 +2,10 @@
 
     torchrun --nproc-per-node 2 -m dh_torch_bridge.train data=demo distributed=fsdp2
 
+It writes checkpoints, and goes on from the newest intact one with ``resume=true`` or when torchrun
+restarts it (``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --max-restarts 3 ...``; without the
+variable a restart after a killed rank often fails in torch's rendezvous).
+
 Read it as an example. With the same seed and batch size it sees the rows of `dh train`, in the
 same order, whatever the number of ranks (for streamed sources each rank has its own documents).
 """
@@ -11,30 +15,40 @@ from __future__ import annotations
 import math
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
-from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from dh_jax.compose import compose
 from dh_jax.config import ModelConfig, TorchRunConfig, TrainingConfig, validate_model
 from dh_jax.data.seeding import derive
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.errors import ConfigError, DataError, UserError
-from dh_jax.runconfig import check_training, save_config
+from dh_jax.models.pretrained import find_folder
+from dh_jax.runconfig import check_training, refuse_other_config, save_config
 from dh_jax.runlog import RunLog
-from dh_torch_bridge.data import IGNORED, TorchBatch, document_mask, get_loader
-from dh_torch_bridge.distributed.fsdp2 import distribute
+from dh_torch_bridge.data import TorchBatch, get_loader
+from dh_torch_bridge.distributed.checkpoint import Checkpoints
 from dh_torch_bridge.distributed.mesh import data_shard, make_mesh, pick_device, sum_over_data
+from dh_torch_bridge.distributed.parallelize import (
+    Parallel,
+    check_batch,
+    clip,
+    forward_backward,
+    parallelize,
+)
+from dh_torch_bridge.runstate import restore_run, save_run
+
+PATIENCE = 5.0  # seconds that a rank leaves a mistake to rank 0 to tell
 
 # Of a model config: what a plain Llama has not.
-JAX_ONLY = ("pretrained", "qkv_bias", "qk_norm", "rope_scaling", "linear", "lora")
+JAX_ONLY = ("qkv_bias", "qk_norm", "rope_scaling", "linear", "lora")
 
 
 def build_llama(config: ModelConfig, vocab_size: int) -> LlamaForCausalLM:
@@ -73,23 +87,29 @@ def build_llama(config: ModelConfig, vocab_size: int) -> LlamaForCausalLM:
     )
 
 
-def token_losses(model: nn.Module, batch: TorchBatch) -> torch.Tensor:
-    """Cross-entropy ``[B, T]`` in float32 nats, 0 where nothing is learnt."""
-    logits_BTV = model(
-        input_ids=batch["input_ids"],
-        position_ids=batch["position_ids"],
-        attention_mask=document_mask(batch["segment_ids"]),
-    ).logits
-    return cross_entropy(
-        logits_BTV.float().transpose(1, 2),
-        batch["shift_labels"],
-        ignore_index=IGNORED,
-        reduction="none",
+def build_model(config: ModelConfig, vocab_size: int) -> PreTrainedModel:
+    """The model of a config: Hugging Face's own from a folder, or a plain Llama made new.
+
+    Raises:
+        ConfigError: the folder is none, its vocabulary is below the tokenizer's, or as
+            `build_llama`.
+    """
+    if config.pretrained is None:
+        return build_llama(config, vocab_size)
+    folder = find_folder(config.pretrained)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa", use_cache=False
     )
+    if model.config.vocab_size < vocab_size:
+        raise ConfigError(
+            f"{folder} has {model.config.vocab_size} ids and the data's tokenizer {vocab_size}; "
+            f"set data.tokenizer to that of the model"
+        )
+    return cast(PreTrainedModel, model)
 
 
 def make_optimizer(
-    model: nn.Module, training: TrainingConfig
+    model: nn.Module | Parallel, training: TrainingConfig
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
     """AdamW as in `dh train`: warm-up, cosine, and weight decay on matrices alone."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -125,7 +145,9 @@ def train(run: TorchRunConfig) -> None:
     training, data, folder = run.training, run.data, Path(run.out)
     check_training(training)
     if (folder / "config.yaml").exists():
-        raise ConfigError(f"{folder} already holds a run; choose another out=")
+        if not (run.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))):
+            raise ConfigError(f"{folder} already holds a run; add resume=true or another out=")
+        refuse_other_config(folder, run)
     tokenizer = TokenizerWrapper.load(data.tokenizer, add_bos=data.add_bos, add_eos=data.add_eos)
     vocab_size = run.model.vocab_size or tokenizer.vocab_size
     if vocab_size < tokenizer.vocab_size:
@@ -136,43 +158,56 @@ def train(run: TorchRunConfig) -> None:
     mesh = make_mesh(run.distributed)
     rank, ranks = data_shard(mesh)
     device = pick_device(run.distributed)
+    check_batch(run.distributed, mesh, training.batch_size // ranks, data.max_length)
     torch.manual_seed(training.seed)
-    model = distribute(build_llama(run.model, vocab_size), run.distributed, mesh)
+    first = mesh is None or dist.get_rank() == 0
+    with torch.device("cpu" if first else "meta"):  # the others are given rank 0's numbers
+        whole = build_model(run.model, vocab_size)
+    model = parallelize(
+        whole, run.distributed, mesh,
+        autocast=torch.bfloat16 if run.model.dtype == "bfloat16" else None,
+    )  # fmt: skip
     optimizer, schedule = make_optimizer(model, training)
-    log = None
-    if rank == 0:
-        save_config(folder, run)
-        log = RunLog(folder, step=None)
-    tokens = 0
-    with get_loader(
+    log, done, tokens = None, 0, 0
+    with Checkpoints(
+        folder / "checkpoints", keep=training.keep, keep_every=training.keep_every
+    ) as checkpoints, get_loader(
         data, tokenizer=tokenizer, batch_size=training.batch_size,
         seed=derive(training.seed, "train"), shard=(rank, ranks),
     ) as loader:  # fmt: skip
-        for step in range(1, training.steps + 1):
+        if restored := restore_run(checkpoints, model, optimizer, loader, schedule):
+            done, tokens = restored.step, restored.host["tokens"]
+        if first:
+            save_config(folder, run)
+            log = RunLog(folder, step=done or None)
+        for step in range(done + 1, training.steps + 1):
             batch = {name: tensor.to(device) for name, tensor in next(loader).items()}
-            learnt = (batch["shift_labels"] != IGNORED).sum()
-            counts = sum_over_data(torch.stack([learnt, (batch["segment_ids"] > 0).sum()]), mesh)
-            with torch.autocast(device.type, torch.bfloat16, run.model.dtype == "bfloat16"):
-                loss_BT = token_losses(model, batch)
-            loss = loss_BT.sum() / counts[0]  # of the global batch: no rank's rows weigh more
-            (loss * ranks).backward()  # gradients are averaged over the ranks
-            norm = nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm)
+            tokens += int(sum_over_data((batch["segment_ids"] > 0).sum(), mesh))
             rate = schedule.get_last_lr()[0]
-            optimizer.step()
+            loss, norm = update(model, batch, optimizer, training.clip_norm)
             schedule.step()
-            optimizer.zero_grad()
-            mean = float(sum_over_data(loss.detach(), mesh))
-            if not math.isfinite(mean):
-                raise DataError(f"the loss is {mean} at step {step}; lower the learning rate")
-            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-            tokens += int(counts[1])
+            if not math.isfinite(loss):
+                raise DataError(f"the loss is {loss} at step {step}; lower the learning rate")
             if log and (step % training.log_interval == 0 or step == training.steps):
                 log.write({
-                    "kind": "train", "step": step, "loss": mean, "grad_norm": float(norm),
+                    "kind": "train", "step": step, "loss": loss, "grad_norm": norm,
                     "learning_rate": rate, "tokens": tokens, "weights": loader.weights,
                 })  # fmt: skip
+            if step % training.checkpoint_interval == 0 or step == training.steps:
+                save_run(checkpoints, step, model, optimizer, loader, schedule, tokens=tokens)
     if log:
         log.close()
+
+
+def update(
+    model: Parallel, batch: TorchBatch, optimizer: torch.optim.Optimizer, max_norm: float
+) -> tuple[float, float]:
+    """One step on this rank's rows: the global batch's loss, and its gradient's norm."""
+    loss = forward_backward(model, batch)
+    norm = clip(model, max_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(loss), float(norm)
 
 
 def main(overrides: Sequence[str]) -> int:
@@ -180,9 +215,13 @@ def main(overrides: Sequence[str]) -> int:
     try:
         train(compose("torch_train", TorchRunConfig, overrides))
     except UserError as error:
-        # Every rank says so: torchrun ends the others as soon as one has left, heard or not.
-        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
-        print(f"dh_torch_bridge.train{rank}: {' '.join(str(error).split())}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", 0))
+        if rank:
+            # What is wrong on every rank is said by rank 0, and torchrun ends the others as soon
+            # as it has left. Who is still here then is the only one to know.
+            time.sleep(PATIENCE)
+        said = f" (rank {rank})" if "RANK" in os.environ else ""
+        print(f"dh_torch_bridge.train{said}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 

@@ -24,6 +24,7 @@ FLOORS = {
     "dh_jax.batch": 1,
     "dh_jax.config": 1,
     "dh_jax.distillation_schema": 1,
+    "dh_jax.distributed_schema": 1,
     "dh_jax.errors": 1,
     "dh_jax.rules": 1,
     "dh_jax.schema": 1,

@@ -1,58 +1,66 @@
-"""A model spread over the mesh: copies (DDP), or a share for each rank, block by block (FSDP2)."""
+"""A model spread over the data-parallel ranks: copies (DDP), or a share for each rank, block by
+block (FSDP2), with what goes with shares: precision, recomputation and host memory."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.utils.checkpoint import checkpoint
 
 from dh_jax.config import DistributedConfig
 from dh_jax.errors import ConfigError
-from dh_torch_bridge.distributed.mesh import pick_device
 
 
-def distribute(model: nn.Module, config: DistributedConfig, mesh: DeviceMesh | None) -> nn.Module:
-    """Move a model to this rank's device and spread it over the mesh.
+def shard_blocks(model: nn.Module, config: DistributedConfig, mesh: DeviceMesh) -> None:
+    """Shard each block and then the rest, so that at most one block is gathered at a time.
 
-    Make the optimizer afterwards: FSDP2 replaces the parameters. Both strategies *average*
-    gradients over the data-parallel ranks, so a loss that is a sum over this rank's tokens
-    divided by the global count is multiplied by the number of ranks.
-
-    Args:
-        model: whole on every rank; the first rank's parameters and buffers are given to all.
-        config: ``fsdp2`` shards each block of the model's outermost `nn.ModuleList` and then
-            the rest, so that at most one block's parameters are gathered at a time.
-        mesh: from `make_mesh`.
+    With one data-parallel rank it still keeps the two precisions and the offloading that the
+    config asks for, and else does nothing.
 
     Raises:
-        ConfigError: fsdp2 finds no blocks in the model.
+        ConfigError: there are no blocks in the model.
     """
-    device = pick_device(config)
-    model = model.to(device)
-    if mesh is None:
-        return model
-    if config.strategy == "ddp":
-        return DistributedDataParallel(
-            model,
-            device_ids=[device] if device.type == "cuda" else None,
-            process_group=mesh.get_group("replicate"),
-        )
-    with torch.no_grad():  # FSDP2 itself trusts that all ranks hold the same numbers
-        for tensor in (*model.parameters(), *model.buffers()):
-            dist.broadcast(tensor, src=0)
+    alone = mesh["replicate"].size() * mesh["shard"].size() == 1
+    if alone and not (config.param_dtype or config.reduce_dtype or config.cpu_offload):
+        return
+    # Pinned memory needs a driver to pin it.
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     for module in (*blocks_of(model), model):
         fully_shard(
             module,
-            mesh=mesh if mesh["replicate"].size() > 1 else mesh["shard"],
-            reshard_after_forward=config.reshard_after_forward,
+            mesh=mesh["replicate", "shard"] if mesh["replicate"].size() > 1 else mesh["shard"],
+            # What is left over, table and head, is needed again as soon as the backward begins.
+            reshard_after_forward=config.reshard_after_forward and module is not model,
             mp_policy=MixedPrecisionPolicy(
                 param_dtype=_dtype(config.param_dtype), reduce_dtype=_dtype(config.reduce_dtype)
             ),
+            offload_policy=offload if config.cpu_offload else OffloadPolicy(),
         )
-    return model
+
+
+def recompute_blocks(model: nn.Module) -> None:
+    """Let each block keep its inputs alone and compute the rest again in the backward.
+
+    The forward is replaced and not the call, so that hooks that gather parameters run once.
+    """
+    for block in blocks_of(model):
+        block.forward = _recomputed(block.forward)
+
+
+def _recomputed(forward: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return run
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -67,6 +75,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
         for name, modules in lists.items()
         if not any(name.startswith(f"{outer}.") for outer in lists)
         for block in modules
+        if block is not None  # another pipeline stage has it
     ]
     if not blocks:
         raise ConfigError(

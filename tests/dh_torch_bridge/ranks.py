@@ -19,8 +19,8 @@ from dh_torch_bridge.train import train
 
 
 def main(folder: Path, overrides: list[str]) -> None:
-    for name, sizes in (("ddp", []), ("fsdp2", []), ("hybrid", ["replicate=2"])):
-        config = load_distributed_config("fsdp2" if name == "hybrid" else name, sizes)
+    for name in ("ddp", "fsdp2", "tp"):
+        config = load_distributed_config(name)
         mesh = make_mesh(config)
         run = compose("torch_train", TorchRunConfig, [*overrides, f"out={folder / name}"])
         run.distributed = config

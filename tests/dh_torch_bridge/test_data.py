@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ torch = pytest.importorskip("torch")
 
 from dh_jax.batch import Batch  # noqa: E402
 from dh_jax.data.loader import get_loader  # noqa: E402
+from dh_jax.errors import ConfigError  # noqa: E402
+from dh_torch_bridge.copies import COPIED  # noqa: E402
 from dh_torch_bridge.data import IGNORED, as_torch  # noqa: E402
 from dh_torch_bridge.data import get_loader as get_torch_loader  # noqa: E402
 
@@ -65,6 +68,79 @@ def test_all_but_labels_share_memory_with_the_batch() -> None:
     ):
         assert tensors[name].data_ptr() == array.ctypes.data
     assert tensors["labels"].dtype == tensors["shift_labels"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks_read_the_rows_of_the_jax_loader_and_no_others(
+    ranks: int, make_config: Any, store: Path
+) -> None:
+    """Global batches, put together from all ranks, against the JAX loader on one host."""
+    config = make_config(store=str(store))
+    shards = [
+        get_torch_loader(config, batch_size=8, shard=(i, ranks), prefetch=0) for i in range(ranks)
+    ]
+    with get_loader(config, batch_size=8) as whole:
+        for _ in range(10):
+            expected = next(whole)
+            batches = [next(loader) for loader in shards]
+            for name, array in (
+                ("input_ids", expected.tokens_BT),
+                ("segment_ids", expected.segment_ids_BT),
+                ("source_ids", expected.source_ids_B),
+            ):
+                np.testing.assert_array_equal(torch.cat([b[name] for b in batches]), array)
+
+
+def test_writing_into_a_batch_changes_no_later_one(make_config: Any, store: Path) -> None:
+    config = make_config(store=str(store))
+    with (
+        get_torch_loader(config, batch_size=4, prefetch=2) as ours,
+        get_loader(config, batch_size=4) as untouched,
+    ):
+        for _ in range(20):
+            batch, expected = next(ours), next(untouched)
+            np.testing.assert_array_equal(batch["input_ids"], expected.tokens_BT)
+            np.testing.assert_array_equal(batch["position_ids"], expected.positions_BT)
+            for tensor in batch.values():
+                tensor.fill_(-7)
+
+
+def test_other_columns_say_the_same_of_documents(make_config: Any, store: Path) -> None:
+    config = make_config(store=str(store))
+    columns = ("segment_ids", "attention_mask", "cu_seqlens", "max_seqlen")
+    with get_torch_loader(config, batch_size=4, columns=columns) as loader:
+        batch = next(loader)
+    assert tuple(batch) == columns
+    segments, bounds = batch["segment_ids"], batch["cu_seqlens"]
+    assert bounds.dtype == torch.int32 and batch["max_seqlen"] == int(bounds.diff().max())
+    lengths = [len(list(run)) for row in segments.tolist() for _, run in itertools.groupby(row)]
+    assert bounds.tolist() == [0, *itertools.accumulate(lengths)]
+    B, T = segments.shape
+    blocks = torch.block_diag(*(torch.ones(n, n).tril() for n in lengths)).bool()
+    for row in range(B):
+        inside = slice(row * T, (row + 1) * T)
+        assert torch.equal(batch["attention_mask"][row, 0], blocks[inside, inside])
+    with pytest.raises(ConfigError, match=r"no column 'labls' .did you mean 'labels'"):
+        get_torch_loader(config, batch_size=4, columns=["labls"])
+
+
+def test_nothing_is_copied_but_labels(make_config: Any, store: Path) -> None:
+    with get_torch_loader(make_config(store=str(store)), batch_size=4, pin_memory=False) as loader:
+        before = COPIED.copy()
+        batch = next(loader)
+        assert COPIED - before == {"labels": 2 * batch["labels"].nbytes}
+
+
+def test_a_dataloader_for_trainers_that_insist_on_one(make_config: Any, store: Path) -> None:
+    config = make_config(store=str(store))
+    with (
+        get_torch_loader(config, batch_size=4) as ours,
+        get_torch_loader(config, batch_size=4) as plain,
+    ):
+        wrapped = ours.as_dataloader()
+        assert isinstance(wrapped, torch.utils.data.DataLoader)
+        for batch, _ in zip(wrapped, range(3), strict=False):
+            assert torch.equal(batch["input_ids"], next(plain)["input_ids"])
 
 
 def test_state_moves_between_the_two_loaders(make_config: Any, store: Path) -> None:

@@ -13,16 +13,24 @@ torch = pytest.importorskip("torch")
 from dh_jax.config import DistributedConfig, list_configs  # noqa: E402
 from dh_jax.errors import ConfigError  # noqa: E402
 from dh_torch_bridge import data_shard, load_distributed_config, make_mesh  # noqa: E402
-from dh_torch_bridge.distributed.fsdp2 import blocks_of, distribute  # noqa: E402
-from dh_torch_bridge.distributed.mesh import mesh_sizes, pick_device  # noqa: E402
+from dh_torch_bridge.distributed.fsdp2 import blocks_of  # noqa: E402
+from dh_torch_bridge.distributed.mesh import Sizes, mesh_sizes, pick_device  # noqa: E402
+from dh_torch_bridge.distributed.parallelize import distribute  # noqa: E402
 
 
 def test_shipped_configs_take_all_ranks() -> None:
-    assert list_configs()["distributed"] == ["ddp", "fsdp2", "single"]
-    sizes = {n: mesh_sizes(load_distributed_config(n), 4) for n in ("ddp", "fsdp2")}
-    assert sizes == {"ddp": (4, 1), "fsdp2": (1, 4)}
-    assert mesh_sizes(load_distributed_config("single"), 1) == (1, 1)
-    assert mesh_sizes(load_distributed_config("fsdp2", ["replicate=2"]), 6) == (2, 3)
+    expected = {
+        "ddp": Sizes(replicate=8),
+        "fsdp2": Sizes(shard=8),
+        "fsdp_tp": Sizes(shard=4, tensor=2),
+        "pipeline": Sizes(pipeline=2, shard=4),
+        "pipeline_fsdp_tp": Sizes(pipeline=2, shard=2, tensor=2),
+        "tp": Sizes(tensor=8),
+    }
+    assert list_configs()["distributed"] == sorted([*expected, "single"])
+    assert {n: mesh_sizes(load_distributed_config(n), 8) for n in expected} == expected
+    assert mesh_sizes(load_distributed_config("single"), 1) == Sizes()
+    assert mesh_sizes(load_distributed_config("fsdp2", ["replicate=2"]), 6) == Sizes(1, 2, 3)
 
 
 @given(st.integers(1, 64), st.sampled_from([-1, 1, 2, 3, 4, 8]), st.integers(1, 9))
@@ -31,7 +39,7 @@ def test_sizes_multiply_to_the_ranks_or_are_refused(ranks: int, replicate: int, 
     fits = ranks % shard == 0 if replicate == -1 else replicate * shard == ranks
     if fits:
         sizes = mesh_sizes(config, ranks)
-        assert sizes[0] * sizes[1] == ranks and sizes[1] == shard
+        assert sizes == Sizes(1, ranks // shard, shard, 1)
     else:
         with pytest.raises(ConfigError, match=f"does not fit {ranks} ranks"):
             mesh_sizes(config, ranks)
@@ -46,7 +54,21 @@ def test_sizes_multiply_to_the_ranks_or_are_refused(ranks: int, replicate: int, 
         ({"shards": 2}, "unknown key 'shards' .did you mean 'shard'"),
         ({"strategy": "fsdp2", "replicate": -1, "shard": -1}, "at most one may be -1"),
         ({"strategy": "fsdp2", "shard": 0}, "shard=0 .*each must be positive"),
-        ({"shard": 2}, "single is one process; set both to 1"),
+        ({"shard": 2}, "single is one process; set all to 1"),
+        ({"tensor": 2}, "tensor=2 .single.: single is one process; set all to 1"),
+        ({"strategy": "ddp", "replicate": -1, "tensor": 2}, "ddp splits no model"),
+        ({"strategy": "fsdp2", "schedule": "gpip"}, "schedule is 'gpip' .did you mean 'gpipe'"),
+        ({"strategy": "fsdp2", "sequence_parallel": True}, "tensor is 1; set distributed.tensor"),
+        ({"strategy": "ddp", "replicate": -1, "cpu_offload": True}, "only fsdp2 moves shares"),
+        (
+            {"strategy": "fsdp2", "pipeline": 2, "stages": 2},
+            "stages is 2; the schedule 1f1b takes 1 on every rank",
+        ),
+        (
+            {"strategy": "fsdp2", "pipeline": 2, "shard": 2, "schedule": "zbv"},
+            "zbv splits the backward, .*; set distributed.reshard_after_forward=false",
+        ),
+        ({"strategy": "fsdp2", "timeout": 0}, "timeout is 0.0; give seconds above 0"),
         ({"strategy": "ddp", "shard": -1}, "ddp splits no model; set shard=1"),
         ({"strategy": "ddp", "param_dtype": "bfloat16"}, "only fsdp2 keeps two precisions"),
     ],
