@@ -213,6 +213,9 @@ def test_hidden_states_and_relations_come_nearer(data_file, teacher_folder, tmp_
     found = records(out, "distillation")
     assert found[-1]["hidden"] < 0.97 * found[0]["hidden"]
     assert 0 < found[-1]["relations"] < found[0]["relations"]
+    page = tmp_path / "report.html"
+    assert cli.main(["report", str(out), "--out", str(page)]) == 0
+    assert ">relations</th>" in page.read_text().partition('id="teacher"')[2]
     capsys.readouterr()
     again = ["distill", *run, *more, "distillation.relations.teacher_layer=3", f"out={tmp_path}/b"]
     assert cli.main(again) == 2
