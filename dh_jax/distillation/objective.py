@@ -126,7 +126,8 @@ def _inside(
     inside: Inside, states: Sequence[States], teacher: Teacher, batch: Batch, chunk: int
 ) -> tuple[tuple[float, Array | float], tuple[float, Array | float]]:
     """Weight and value of the term on hidden states, and of that on relations."""
-    hidden, relations = (0.0, 0.0), (0.0, 0.0)
+    hidden: tuple[float, Array | float] = (0.0, 0.0)
+    relations: tuple[float, Array | float] = (0.0, 0.0)
     if inside == NOTHING:
         return hidden, relations
     if not states or not isinstance(teacher, TeacherHead) or teacher.states is None:

@@ -226,8 +226,15 @@ def test_hidden_states_and_relations_come_nearer(data_file, teacher_folder, tmp_
 
 
 @pytest.mark.slow
-def test_a_killed_cache_goes_on_to_the_same_bytes(data_file, teacher_folder, tmp_path):
+def test_a_killed_cache_goes_on_to_the_same_bytes(make_config, teacher_folder, tmp_path):
     """SIGKILL of the real process in the middle, twice; a flipped byte is found afterwards."""
+    sources = {
+        name: {"kind": "files", "paths": list(spec.paths), "max_documents": 60}
+        for name, spec in make_config().sources.items()
+    }
+    data_file = tmp_path / "few.yaml"
+    few = dataclasses.asdict(make_config(sources=sources))
+    OmegaConf.save(OmegaConf.create(few), data_file)
 
     def command(folder):
         return [
@@ -247,7 +254,7 @@ def test_a_killed_cache_goes_on_to_the_same_bytes(data_file, teacher_folder, tmp
         )
         while len(list(killed.rglob("*.safetensors"))) < share * total:
             assert process.poll() is None, "it ended before it was killed"
-            time.sleep(0.002)
+            time.sleep(0.02)
         process.kill()
         assert process.wait() == -signal.SIGKILL
         assert not (killed / "manifest.json").exists()
