@@ -26,6 +26,8 @@ def train(options: argparse.Namespace) -> int:
     if options.dry_run:
         console = _console()
         module("console").print_price(module("pricing").price_run(run), console)
+        if options.command == "distill":
+            console.print("of the student on cross-entropy; its teacher comes on top, unpriced")
         return 0
     # Before anything touches a device; beside the first process none speaks but of errors.
     console = _console(quiet=module("distributed.processes").join(run.mesh) > 0)
