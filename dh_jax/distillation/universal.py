@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dh_jax.batch import Batch
+from dh_jax.batch import Batch, TopKLogits
 from dh_jax.data.offsets import Located
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.distillation.losses import CHUNK, TeacherHead
@@ -217,6 +217,7 @@ def make_universal(
         table: Head | None = None
         if isinstance(outputs, TeacherHead):
             outputs, table, _ = outputs
+        assert not isinstance(outputs, TopKLogits), "a live teacher gives logits or hidden states"
         theirs = jnp.take_along_axis(outputs, pair.places_BT.clip(min=0)[..., None], axis=1)
 
         def one(given: Any) -> Array:
