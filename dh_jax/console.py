@@ -13,7 +13,7 @@ from dh_jax.attribution.price import Price as InfluencePrice
 from dh_jax.config import SPLITS
 from dh_jax.data.store import TokenStore
 from dh_jax.pricing import Price
-from dh_jax.search.find import Finding
+from dh_jax.search.find import Finding, warning_of
 
 if TYPE_CHECKING:
     from dh_jax.completion import Written
@@ -55,6 +55,8 @@ def print_finding(finding: Finding, console: Console) -> None:
     for name, loss in (finding.measured or {}).items():
         said = f", predicted {finding.predicted[name]:.3f}" if finding.predicted else ""
         console.print(f"loss with the weights {name}: {loss:.3f} nats a token{said}")
+    if (warning := warning_of(finding)) is not None:
+        console.print(f"warning: {warning}")
 
 
 def print_store(store: TokenStore, console: Console) -> None:

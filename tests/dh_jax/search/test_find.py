@@ -16,7 +16,7 @@ from dh_jax.errors import ConfigError, DataError, StateError
 from dh_jax.mixing import regmix
 from dh_jax.search import SearchConfig, SearchRunConfig, find_weights, write_search_report
 from dh_jax.search import proxies as trained
-from dh_jax.search.find import judge
+from dh_jax.search.find import judge, warning_of
 from dh_jax.search.proxies import Proxy, Result, run_config
 from dh_jax.search.written import round_weights, write_data_config
 
@@ -82,6 +82,13 @@ def test_regmix_finds_the_best_mixture_and_writes_it(
     written = load_data_config(Path(config.out) / "data.yaml")
     assert weights_of(written.sources) == round_weights(finding.weights)
     assert written.sources["code"].paths == config.data.sources["code"].paths
+    assert warning_of(finding) is None
+    worse = finding._replace(measured={"found": 8.0, "configured": 6.5})
+    remark = warning_of(worse)
+    assert remark is not None and "lost 8.000 nats a token, with those configured 6.500" in remark
+    write_data_config(config.data, finding.weights, "regmix", Path(config.out) / "w.yaml", remark)
+    assert f"# {remark}" in (Path(config.out) / "w.yaml").read_text()
+    load_data_config(Path(config.out) / "w.yaml")
 
 
 def test_proxies_that_finished_before_a_kill_are_not_trained_again(
