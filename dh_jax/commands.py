@@ -29,6 +29,10 @@ def train(options: argparse.Namespace) -> int:
             print(module("inspection.rows").to_json(price))
         else:
             module("console").print_price(price, _console())
+        if options.command == "distill":
+            _console(stderr=options.json).print(
+                "of the student on cross-entropy; its teacher comes on top, unpriced"
+            )
         return 0
     # Before anything touches a device; beside the first process none speaks but of errors.
     quiet = module("distributed.processes").join(run.mesh) > 0

@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+
+@dataclass
+class HiddenConfig:
+    """A term on hidden states, of a live teacher; see `dh_jax.distillation.inside`.
+
+    Where the teacher has another width, its states are projected to the student's by an
+    orthonormal matrix that is drawn once and stays.
+    """
+
+    weight: float = 0.0  # 0: no such term
+    form: str = "mse"  # or cosine
+    layer: int = -1  # of the student, from 0, or from the last backwards
+    teacher_layer: int = -1
+
+
+@dataclass
+class RelationsConfig:
+    """A term on relations of queries, keys and values, of a live teacher; see the same file."""
+
+    weight: float = 0.0  # 0: no such term
+    form: str = "bitdistill_equation"  # or bitdistill_algorithm, minilm, minilm_v2
+    heads: int = 1  # relation heads; minilm has the attention's
+    temperature: float = 1.0  # of bitdistill_algorithm
+    causal: bool = True  # tokens are related to earlier ones only
+    layer: int = -1
+    teacher_layer: int = -1
 
 
 @dataclass
 class DistillationConfig:
     """A teacher, live or from a cache; with neither a run learns from its data alone.
 
-    The loss is ``alpha * D + (1 - alpha) * CE``. ``alpha`` and ``temperature`` go in a straight
-    line to their ends over the steps of the run where ends are given. The last five keys are read
-    by ``dh distill cache``.
+    The loss is ``alpha * D + (1 - alpha) * CE``, and the terms of ``hidden`` and ``relations``
+    times their weights. ``alpha`` and ``temperature`` go in a straight line to their ends over the
+    steps of the run where ends are given. The last five keys are read by ``dh distill cache``.
     """
 
     name: str = "none"
@@ -26,6 +53,8 @@ class DistillationConfig:
     temperature_end: float | None = None
     squared: bool = True  # the divergence is multiplied by temperature²
     estimator: str = "tail"  # of a cache: tail, teacher_renormalised, both_renormalised, sampled
+    hidden: HiddenConfig = field(default_factory=HiddenConfig)
+    relations: RelationsConfig = field(default_factory=RelationsConfig)
     vocabulary: int | None = None  # ids from here on are padding; None: none are
     dtype: str = "float32"  # of the live teacher's activations and matrices, or bfloat16
     chunk: int = 256  # tokens of a device whose logits exist at one time

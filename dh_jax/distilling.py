@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from dh_jax.batch import Batch
@@ -16,6 +17,7 @@ from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.distillation.cached import CachedTeacher, open_cache
 from dh_jax.distillation.caching import Progress, write_cache
 from dh_jax.distillation.divergences import Divergence, check_divergence
+from dh_jax.distillation.inside import Hidden, Inside, Relations, check_inside, states_of
 from dh_jax.distillation.losses import Kind, Mix
 from dh_jax.distillation.objective import Objective, make_objective
 from dh_jax.distillation.sparse import check_estimator, check_temperature
@@ -23,9 +25,11 @@ from dh_jax.distillation.teacher import TeacherWrapper, fingerprint_of, wrap_tea
 from dh_jax.distributed.mesh import make_mesh, row_ways
 from dh_jax.distributed.placement import on_mesh, param_shardings
 from dh_jax.errors import ConfigError
-from dh_jax.functions import HiddenFn, LossFn, Params
+from dh_jax.functions import HiddenFn, LossFn, Params, StatesFn
 from dh_jax.models import decoder
 from dh_jax.models.pretrained import find_folder, load_pretrained
+from dh_jax.models.start import Started
+from dh_jax.models.states import states_fn
 
 
 class Distilled(NamedTuple):
@@ -77,6 +81,18 @@ def check_distillation(config: RunConfig) -> None:
     ):
         if not value > 0:
             raise ConfigError(f"distillation.{label} is {value}; it must be above 0")
+    for label, term in (("hidden", d.hidden), ("relations", d.relations)):
+        if term.weight < 0:
+            raise ConfigError(
+                f"distillation.{label}.weight is {term.weight}; it must be at least 0"
+            )
+        if term.weight and d.cache is not None:
+            raise ConfigError(
+                f"distillation.{label}.weight is {term.weight}, but a cache holds the teacher's "
+                f"logits alone; take a live teacher (distillation.teacher=MODEL, no "
+                f"distillation.cache), or distillation.{label}.weight=0"
+            )
+    check_inside(inside_of(d))
     if d.dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"distillation.dtype is {d.dtype!r}; allowed: float32, bfloat16")
 
@@ -84,6 +100,27 @@ def check_distillation(config: RunConfig) -> None:
 def kind_of(d: DistillationConfig) -> Kind:
     """The static part of a configured loss."""
     return Kind(Divergence(d.divergence, d.beta), d.estimator, d.squared, d.vocabulary)
+
+
+def inside_of(d: DistillationConfig) -> Inside:
+    """The configured terms on hidden states and relations."""
+    h, r = d.hidden, d.relations
+    return Inside(
+        Hidden(h.weight, h.form) if h.weight else None,
+        Relations(r.weight, r.form, r.heads, r.temperature, r.causal) if r.weight else None,
+    )
+
+
+def layers_of(d: DistillationConfig, teacher: bool) -> dict[str, int]:
+    """Which layer of the teacher, or of the student, shows which state."""
+    hidden, relations = inside_of(d)
+    layers: dict[str, int] = {}
+    if hidden is not None:
+        layers["hidden"] = d.hidden.teacher_layer if teacher else d.hidden.layer
+    if relations is not None:
+        layer = d.relations.teacher_layer if teacher else d.relations.layer
+        layers |= dict.fromkeys(states_of(relations), layer)
+    return layers
 
 
 def schedule_of(d: DistillationConfig, steps: int) -> Callable[[int], Mix]:
@@ -130,36 +167,53 @@ def find_cache(config: RunConfig) -> CachedTeacher | None:
 def open_distillation(
     config: RunConfig,
     cached: CachedTeacher | None,
-    student: HiddenFn | None,
+    model: Started,
     loader: Loader,
     mesh: Mesh,
 ) -> Distilled | None:
     """The run's objective; None for a run without a teacher.
 
     Raises:
-        ConfigError: there is no such teacher, or it has another tokenizer.
+        ConfigError: there is no such teacher, it has another tokenizer, or one of the two models
+            lacks a layer.
         StateError: the cache is of other pieces than the loader's.
     """
     d = config.distillation
     if not _wanted(d):
         return None
-    assert student is not None, "a run's student gives hidden states"
+    assert model.hidden_fn is not None and model.states_fn is not None
+    student: HiddenFn | StatesFn = model.hidden_fn
+    if layers := layers_of(d, teacher=False):
+        _check_layers(layers, config.model.layers, "student")
+        student = model.states_fn(layers)
     teacher = None
     if cached is not None:
         cached.check(loader.identity)
     else:
-        teacher = load_teacher(d, loader.tokenizer, mesh)
+        teacher = load_teacher(d, loader.tokenizer, mesh, width=config.model.width)
     objective = make_objective(
-        student, teacher, kind_of(d),
+        student, teacher, kind_of(d), inside=inside_of(d),
         chunk=d.chunk * row_ways(mesh), wrap=partial(on_mesh, mesh=mesh),
     )  # fmt: skip
     return Distilled(objective, schedule_of(d, config.training.steps))
 
 
 def load_teacher(
-    d: DistillationConfig, tokenizer: TokenizerWrapper, mesh: Mesh, *, fingerprint: bool = False
+    d: DistillationConfig,
+    tokenizer: TokenizerWrapper,
+    mesh: Mesh,
+    *,
+    width: int | None = None,
+    fingerprint: bool = False,
 ) -> TeacherWrapper:
     """A teacher from a Hugging Face folder or a hub name, split over the mesh.
+
+    Args:
+        d: which, and which of its states are asked for.
+        tokenizer: of the data.
+        mesh: where it goes.
+        width: of the student, to which hidden states are projected; None: no states are shown.
+        fingerprint: take one of the weights.
 
     Raises:
         ConfigError: there is no such model, or its tokenizer is not the data's.
@@ -178,9 +232,16 @@ def load_teacher(
         ModelConfig(dtype=d.dtype, scan_layers=True),
         shardings=lambda params: param_shardings(params, mesh),
     )
+    layers = {} if width is None else layers_of(d, teacher=True)
+    hidden_fn: HiddenFn | StatesFn = decoder.hidden_fn(model.graph)
+    if layers:
+        _check_layers(layers, model.config.layers, "teacher")
+        hidden_fn = states_fn(model.graph, layers)
+    if "hidden" in layers and model.config.width != width:
+        hidden_fn = _narrowed(hidden_fn, model.config.width, width or 0)
     return wrap_teacher(
         model.params,
-        hidden_fn=decoder.hidden_fn(model.graph),
+        hidden_fn=hidden_fn,
         dtype=None if d.dtype == "float32" else d.dtype,
         mesh=mesh,
         fingerprint=_fingerprint(d) if fingerprint else None,
@@ -209,6 +270,34 @@ def make_cache(config: RunConfig, progress: Progress | None = None) -> CachedTea
         temperature=d.temperature, codec=d.codec, sampled=d.sampled, batch_size=d.batch_size,
         shard_entries=d.shard_entries, progress=progress,
     )  # fmt: skip
+
+
+def _narrowed(states: Any, width: int, wanted: int) -> StatesFn:
+    """The same with its hidden states projected by a matrix that is the same in every run.
+
+    Columns (or rows, of the narrower side) are orthonormal, so the states' mean square stays, up
+    to what a random direction holds more or less than others.
+    """
+    long, short = max(width, wanted), min(width, wanted)
+    drawn = np.linalg.qr(np.random.default_rng(0).standard_normal((long, short)))[0]
+    kernel_ED = np.float32(drawn if width >= wanted else drawn.T)
+
+    def projected(params: Params, batch: Batch) -> Any:
+        hidden_BTD, head, found = states(params, batch)
+        return hidden_BTD, head, found | {"hidden": found["hidden"] @ kernel_ED}
+
+    return projected
+
+
+def _check_layers(layers: dict[str, int], count: int, whose: str) -> None:
+    for state, layer in layers.items():
+        if not -count <= layer < count:
+            term = "hidden" if state == "hidden" else "relations"
+            key = "teacher_layer" if whose == "teacher" else "layer"
+            raise ConfigError(
+                f"distillation.{term}.{key} is {layer}, but the {whose} has {count} layers; take "
+                f"0 to {count - 1}, or -1 for the last"
+            )
 
 
 def _wanted(d: DistillationConfig) -> bool:

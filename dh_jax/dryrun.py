@@ -70,7 +70,7 @@ def abstract_step(
     optimizer = InfluenceAwareOptimizer(
         make_optimizer(training), uniform(), source_names=names, weights=[1 / sources] * sources
     )
-    params, loss_fn, _ = abstract_start(model, vocab_size, mesh)
+    params, loss_fn, *_ = abstract_start(model, vocab_size, mesh)
     state = placed_shapes(jax.eval_shape(optimizer.init, params), mesh)
     whole = NamedSharding(mesh, PartitionSpec())
     shardings = jax.tree.map(lambda x: x.sharding, (params, state))

@@ -59,6 +59,15 @@ class HiddenFn(Protocol):
     def __call__(self, params: Params, batch: Batch) -> tuple[jax.Array, Head]: ...
 
 
+class StatesFn(Protocol):
+    """A `HiddenFn` that also shows states of chosen layers, by name (see `dh_jax.models.states`):
+    ``(params, batch) -> (hidden_BTD, head, states)``."""
+
+    def __call__(
+        self, params: Params, batch: Batch
+    ) -> tuple[jax.Array, Head, dict[str, jax.Array]]: ...
+
+
 class TappedLayer(NamedTuple):
     """One parametrised operation of a model, as a `TappedLossFn` sees it.
 

@@ -118,7 +118,7 @@ def open_run(config: RunConfig, closing: ExitStack) -> Run:
     model = start(config.model, tokenizer.vocab_size, key, lambda p: param_shardings(p, mesh))
     params, loss_fn = model.params, on_mesh(model.loss_fn, mesh)
     warn_unsplit(params, mesh)
-    distilled = distilling.open_distillation(config, cached, model.hidden_fn, loader, mesh)
+    distilled = distilling.open_distillation(config, cached, model, loader, mesh)
     calculator = DataInfCalculator(
         loss_fn, damping=config.influence.damping, parameters=config.influence.parameters
     )

@@ -76,12 +76,12 @@ def open_model(config: AttributionConfig, vocab_size: int) -> Model:
     if config.run is not None:
         folder = Path(config.run)
         seed = load_config(folder).training.seed  # of a base that was drawn
-        like, loss_fn, _ = start(config.model, vocab_size, jax.random.key(seed))
+        like, loss_fn, *_ = start(config.model, vocab_size, jax.random.key(seed))
         params = read_arrays(folder / "checkpoints", {"params": like})["params"]
         steps = [int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit()]
         origin = f"{folder}, step {max(steps)}"
     else:
-        params, loss_fn, _ = start(config.model, vocab_size, jax.random.key(config.seed))
+        params, loss_fn, *_ = start(config.model, vocab_size, jax.random.key(config.seed))
         origin = config.model.pretrained or f"{config.model.name or 'a model'}, drawn, not trained"
     if config.model.lora.rank:  # adapters alone; their base is in the loss
         return Model(params, Objective(loss_fn), origin)

@@ -119,6 +119,7 @@ def write_cache(
     if (folder / MANIFEST).exists():
         found = open_cache(folder, teacher=teacher.fingerprint)
         _refuse_other(folder, found.manifest, facts)
+        _tidy(folder)
         return found
     if (folder / PLAN).exists():
         _refuse_other(folder, json.loads((folder / PLAN).read_text()), facts)
@@ -133,9 +134,14 @@ def write_cache(
             )
     manifest = facts | {"shards": shards}
     write_json(folder / MANIFEST, manifest | {"blake2b": manifest_checksum(manifest)})
-    for path in [folder / PLAN, *folder.glob("*/*.json")]:
-        path.unlink()
+    _tidy(folder)
     return open_cache(folder)
+
+
+def _tidy(folder: Path) -> None:
+    """Remove notes, and what a killed process left half written (also beside the manifest)."""
+    for path in [folder / PLAN, *folder.glob("*/*.json"), *folder.rglob(".*.partial")]:
+        path.unlink(missing_ok=True)
 
 
 def _loader(

@@ -73,6 +73,7 @@ class TeacherHead(NamedTuple):
 
     hidden_BTD: Array  # of the teacher's own width
     head: Head
+    states: Any = None  # of chosen layers by name, for `dh_jax.distillation.inside`
 
 
 Teacher: TypeAlias = "Array | TeacherHead | TopKLogits"
@@ -149,7 +150,7 @@ def _parts(teacher: Teacher, targets_BT: Array, mix: Mix) -> tuple[Any, Any]:
     """What belongs to tokens, and what to all; the teacher's without a gradient."""
     head = None
     if isinstance(teacher, TeacherHead):
-        teacher, head = teacher
+        teacher, head, _ = teacher
     return jax.lax.stop_gradient((teacher, targets_BT)), jax.lax.stop_gradient((head, mix))
 
 

@@ -4,6 +4,11 @@
 tail                 the default: all other ids are one outcome, of the teacher's unseen mass
                      (as ``log_tail_BT``) and the student's. A lower bound of the full divergence
                      for every f-divergence (data processing), and 0 only where they agree on it.
+                     Of forward_kl it lacks exactly the KL inside the tail (the chain rule)::
+
+                         full - tail = P sum_v (p_v / P) log((p_v / P) / (q_v / Q))
+
+                     over the ids outside the K, of mass P for the teacher and Q for the student.
 teacher_renormalised the K entries are scaled to sum to 1; the student keeps its full softmax.
                      Biased: what the teacher gives to other ids is taken for 0.
 both_renormalised    both are scaled over the K entries; nothing is asked of other ids.

@@ -19,7 +19,7 @@ from dh_jax.distillation.sparse import sample_teacher, top_k
 from dh_jax.distributed.mesh import row_ways
 from dh_jax.distributed.placement import on_mesh
 from dh_jax.errors import ConfigError
-from dh_jax.functions import HiddenFn, LogitsFn, Params
+from dh_jax.functions import HiddenFn, LogitsFn, Params, StatesFn
 from dh_jax.unembedding import map_tokens, unembed
 
 Array: TypeAlias = jax.Array
@@ -57,7 +57,7 @@ def wrap_teacher(
     params: Params,
     *,
     logits_fn: LogitsFn | None = None,
-    hidden_fn: HiddenFn | None = None,
+    hidden_fn: HiddenFn | StatesFn | None = None,
     dtype: str | None = None,
     mesh: Mesh | None = None,
     fingerprint: str | None = None,
@@ -67,7 +67,8 @@ def wrap_teacher(
     Args:
         params: arrays, placed on the mesh if there is one.
         logits_fn: ``(params, batch) -> logits_BTV``.
-        hidden_fn: ``(params, batch) -> (hidden_BTD, head)``, which spares the table of logits.
+        hidden_fn: ``(params, batch) -> (hidden_BTD, head)``, which spares the table of logits; or
+            with states of chosen layers behind them.
         dtype: round the parameters' matrices to this type, ``bfloat16``; None leaves them.
         mesh: what `constrain` in the model means.
         fingerprint: of the weights; see `fingerprint_of`.
@@ -113,7 +114,7 @@ def _entries(
     # A key for each token, so that how tokens are cut into chunks changes no draw.
     keys_BT = None if key is None else jax.random.split(key, batch.tokens_BT.shape)
     if isinstance(outputs, TeacherHead):
-        hidden_BTD, head = outputs
+        hidden_BTD, head, _ = outputs
         data = None if keys_BT is None else jax.random.key_data(keys_BT)
 
         def one(given: Any) -> TopKLogits:

@@ -45,11 +45,14 @@ class Attention(nnx.Module):
         q = self.query(x_BTD, tape.inside("query")).reshape(B, T, self.heads, self.head_width)
         k = self.key(x_BTD, tape.inside("key")).reshape(B, T, self.kv_heads, self.head_width)
         v = self.value(x_BTD, tape.inside("value")).reshape(B, T, self.kv_heads, self.head_width)
+        tape.show(query=q, key=k, value=v)
         if self.normalises:
             q = self.query_norm(q, tape.inside("query_norm"))
             k = self.key_norm(k, tape.inside("key_norm"))
         q, k, v = constrain(q, "BTHh"), constrain(k, "BTKh"), constrain(v, "BTKh")
-        mixed = constrain(attend(rotate(q, angles), rotate(k, angles), v), "BTHh")
+        q, k = rotate(q, angles), rotate(k, angles)
+        tape.show(rotated_query=q, rotated_key=k)
+        mixed = constrain(attend(q, k, v), "BTHh")
         return self.out(mixed.reshape(B, T, -1), tape.inside("out"))
 
 

@@ -63,7 +63,9 @@ class Block(nnx.Module):
         x_BTD = x_BTD + self.attention(y_BTD, angles, attend, tape.inside("attention"))
         x_BTD = constrain(x_BTD, "BTD")
         y_BTD = self.mlp_norm(x_BTD, tape.inside("mlp_norm"))
-        return constrain(x_BTD + self.mlp(y_BTD, tape.inside("mlp")), "BTD")
+        x_BTD = constrain(x_BTD + self.mlp(y_BTD, tape.inside("mlp")), "BTD")
+        tape.show(hidden=x_BTD)
+        return x_BTD
 
 
 class Decoder(nnx.Module):
@@ -109,11 +111,7 @@ class Decoder(nnx.Module):
             tape: taps to add, and where to leave activations.
         """
         tape = tape or Tape()
-        angles = rotary_angles(self.rotary, positions_BT)
-        kernel = KERNELS[self.kernel]
-
-        def attend(q_BTHh: Array, k_BTKh: Array, v_BTKh: Array) -> Array:
-            return kernel(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT)
+        angles, attend = self.seeing(positions_BT, segment_ids_BT)
 
         def one(block: Block, x_BTD: Array, taps: dict[str, Array]) -> tuple[Array, Any]:
             inner = Tape(taps, measuring=tape.measuring)
@@ -128,19 +126,34 @@ class Decoder(nnx.Module):
         self, tokens_BT: Array, one: OneLayer, given: dict[str, Array], tape: Tape
     ) -> tuple[Array, dict[str, Array]]:
         """From tokens to the last norm, each layer as ``one`` has it; see `each_layer`."""
-        # As the look-up leaves it, then by rows: XLA would gather the rows of all devices else.
-        x_BTD = constrain(constrain(self.embed(tokens_BT), "bTd"), "BTD")
-        x_BTD = tape.inside("embed")(tokens_BT, x_BTD)
-        x_BTD, left = self.each_layer(one, x_BTD, given)
+        x_BTD, left = self.each_layer(one, self.embedded(tokens_BT, tape), given)
         return self.final_norm(x_BTD, tape.inside("final_norm")), left
 
+    def embedded(self, tokens_BT: Array, tape: Tape) -> Array:
+        """What the first layer receives."""
+        # As the look-up leaves it, then by rows: XLA would gather the rows of all devices else.
+        x_BTD = constrain(constrain(self.embed(tokens_BT), "bTd"), "BTD")
+        return tape.inside("embed")(tokens_BT, x_BTD)
+
+    def seeing(
+        self, positions_BT: Array, segment_ids_BT: Array
+    ) -> tuple[tuple[Array, Array], Attend]:
+        """What every layer is given: the angles of positions, and who sees whom."""
+        kernel = KERNELS[self.kernel]
+
+        def attend(q_BTHh: Array, k_BTKh: Array, v_BTKh: Array) -> Array:
+            return kernel(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT)
+
+        return rotary_angles(self.rotary, positions_BT), attend
+
     def each_layer(
-        self, one: OneLayer, x_BTD: Array, given: dict[str, Array]
-    ) -> tuple[Array, dict[str, Array]]:
+        self, one: Callable[..., tuple[Any, Any]], x_BTD: Any, given: dict[str, Array]
+    ) -> tuple[Any, dict[str, Array]]:
         """Take ``x_BTD`` through all layers, however their parameters lie.
 
         Args:
             one: ``(block, x_BTD, given) -> (x_BTD, left)``; gets a layer's part of ``given``.
+            x_BTD: what goes from layer to layer, an array or a pytree that begins with it.
             given: arrays by name. ``3/query`` is layer 3's ``query``; where layers are scanned,
                 ``query`` has an entry for each layer along its first axis.
 
@@ -148,7 +161,7 @@ class Decoder(nnx.Module):
             The last ``x_BTD``, and what ``one`` left, named as ``given`` is.
         """
 
-        def called(graph: Any, state: Any, x_BTD: Array, given: Any) -> tuple[Array, Any]:
+        def called(graph: Any, state: Any, x_BTD: Any, given: Any) -> tuple[Any, Any]:
             return one(nnx.merge(graph, state), x_BTD, given)
 
         if self.remat != "none":

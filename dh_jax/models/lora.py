@@ -25,14 +25,14 @@ from safetensors.numpy import load_file, save_file
 
 from dh_jax.config import LoraConfig
 from dh_jax.errors import ConfigError, DataError
-from dh_jax.models import decoder
+from dh_jax.models import decoder, states
 from dh_jax.models.decoder import Graph, Params
 from dh_jax.models.layers import Linear
 from dh_jax.models.naming import flatten, hf_module, unflatten
 
 if TYPE_CHECKING:
     from dh_jax.batch import Batch
-    from dh_jax.functions import Head, HiddenFn, LossFn
+    from dh_jax.functions import HiddenFn, LossFn, StatesFn
 
 Array: TypeAlias = jax.Array
 
@@ -124,8 +124,13 @@ def hidden_fn(graph: Graph, base: Params) -> HiddenFn:
     return jax.tree_util.Partial(partial(_hidden, decoder.hidden_fn(graph)), base)
 
 
-def _hidden(hidden: HiddenFn, base: Params, adapters: Params, batch: Batch) -> tuple[Array, Head]:
-    return hidden(combine(base, adapters), batch)
+def states_fn(graph: Graph, base: Params, layers: Mapping[str, int]) -> StatesFn:
+    """`states.states_fn` of adapters beside a frozen base; a `Partial`, as `loss_fn`."""
+    return jax.tree_util.Partial(partial(_hidden, states.states_fn(graph, layers)), base)
+
+
+def _hidden(function: Any, base: Params, adapters: Params, batch: Batch) -> Any:
+    return function(combine(base, adapters), batch)
 
 
 # --- merging ---------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -11,13 +12,13 @@ from dh_jax.config import ModelConfig, validate_model
 from dh_jax.distributed.mesh import place
 from dh_jax.distributed.placement import AnyMesh, placed_shapes
 from dh_jax.errors import ConfigError
-from dh_jax.models import decoder, lora
+from dh_jax.models import decoder, lora, states
 from dh_jax.models.decoder import Params
 from dh_jax.models.hf_config import SHAPE
 from dh_jax.models.pretrained import find_folder, load_pretrained, read_config
 
 if TYPE_CHECKING:
-    from dh_jax.functions import HiddenFn, LossFn
+    from dh_jax.functions import HiddenFn, LossFn, StatesFn
 
 
 class Started(NamedTuple):
@@ -26,6 +27,7 @@ class Started(NamedTuple):
     params: Params  # what is trained: everything, or the adapters
     loss_fn: LossFn  # of these params; carries the frozen base beside adapters
     hidden_fn: HiddenFn | None = None  # of these params, too; None in what is only priced
+    states_fn: Callable[[Mapping[str, int]], StatesFn] | None = None  # the same
 
 
 def resolve(config: ModelConfig) -> ModelConfig:
@@ -85,10 +87,16 @@ def start(
         graph, params = decoder.build(config, rows, key)
         params = _place(params, shardings)
     if not config.lora.rank:
-        return Started(params, decoder.loss_fn(graph, chunk), decoder.hidden_fn(graph))
+        return Started(
+            params, decoder.loss_fn(graph, chunk), decoder.hidden_fn(graph),
+            partial(states.states_fn, graph),
+        )  # fmt: skip
     graph, adapters = lora.adapt(graph, params, config.lora, jax.random.fold_in(key, 1))
     adapters, frozen = _place(adapters, shardings), _freeze(params, config)
-    return Started(adapters, lora.loss_fn(graph, frozen, chunk), lora.hidden_fn(graph, frozen))
+    return Started(
+        adapters, lora.loss_fn(graph, frozen, chunk), lora.hidden_fn(graph, frozen),
+        partial(lora.states_fn, graph, frozen),
+    )  # fmt: skip
 
 
 def abstract_start(

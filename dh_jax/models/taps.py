@@ -28,6 +28,7 @@ class Tape:
     def __init__(self, taps: Mapping[str, Array] | None = None, *, measuring: bool = False) -> None:
         self.measuring = measuring
         self.kept: dict[str, Array] = {}
+        self.shown: dict[str, Array] = {}  # of one layer; see `show`
         self._taps = taps or {}
         self._name = ""
 
@@ -35,7 +36,12 @@ class Tape:
         """The same tape, one module further in."""
         tape = Tape(self._taps, measuring=self.measuring)
         tape.kept, tape._name = self.kept, f"{self._name}/{name}" if self._name else name
+        tape.shown = self.shown
         return tape
+
+    def show(self, **states: Array) -> None:
+        """Leave a layer's states for who asks; those that nobody takes cost nothing compiled."""
+        self.shown.update(states)
 
     def taps_of(self, name: str) -> dict[str, Array]:
         """The taps further in than ``name``, by the rest of their names."""

@@ -21,6 +21,16 @@ class TeachingPoint(NamedTuple):
     agreement: float
     teacher_entropy: float
     tail_mass: float
+    hidden: float = 0.0  # terms on the inside, without their weights; 0 where there is none
+    relations: float = 0.0
+
+    @property
+    def inside(self) -> bool:
+        """Whether the inside was distilled, too."""
+        return self.hidden > 0 or self.relations > 0
+
+
+_INSIDE = tuple(TeachingPoint._field_defaults)
 
 
 def named(policy: str, config: Mapping[str, Any]) -> str:
@@ -49,7 +59,8 @@ def teaching(folder: Path, config: Mapping[str, Any]) -> tuple[TeachingPoint, ..
             continue
         try:
             record = json.loads(line)
-            points.append(TeachingPoint(*(record[name] for name in TeachingPoint._fields)))
+            needed = {n: record[n] for n in TeachingPoint._fields if n not in _INSIDE}
+            points.append(TeachingPoint(**needed, **{n: record.get(n, 0.0) for n in _INSIDE}))
         except (ValueError, KeyError) as error:
             raise DataError(f"{path} line {number}: no record of a teacher ({error!r})") from error
     return tuple(points)

@@ -39,7 +39,7 @@ def test_measures_are_the_formulas_means_over_the_mask():
     hard = np.log(np.exp(z).sum(-1)) - np.take_along_axis(z, d["targets"][..., None], -1)[..., 0]
     each = (
         (p * np.log(p / q)).sum(-1), hard, z.argmax(-1) == d["teacher"].argmax(-1),
-        -(p * np.log(p)).sum(-1), np.zeros((B, T)),
+        -(p * np.log(p)).sum(-1), *np.zeros((3, B, T)),  # no tail, and nothing of the inside
     )  # fmt: skip
     np.testing.assert_allclose(found, [x[mask].mean() for x in each], rtol=2e-5, atol=1e-6)
     sparse = batch._replace(teacher=top_k(d["teacher"], 5))

@@ -152,3 +152,49 @@ def test_another_temperature_than_the_stored_one_is_refused():
     check_temperature(2.0, 2.0)
     with pytest.raises(ConfigError, match=r"temperature is 1\.0.*stored at 2\.0"):
         check_temperature(1.0, 2.0)
+
+
+# --- the stated error of the tail bucket -----------------------------------------------------
+
+
+def inside_the_tail(logits, teacher_logits, ids):
+    """The KL among the ids that are not kept, times their mass; float64, [B, T]."""
+    found = np.zeros(ids.shape[:2])
+    for b, t in np.ndindex(*ids.shape[:2]):
+        rest = np.setdiff1d(np.arange(logits.shape[-1]), ids[b, t])
+        z, y = logits[b, t].astype(np.float64), teacher_logits[b, t].astype(np.float64)
+        logp, logq = (x[rest] - np.log(np.exp(x[rest] - x.max()).sum()) - x.max() for x in (y, z))
+        mass = np.exp(y[rest] - y.max()).sum() / np.exp(y - y.max()).sum()
+        found[b, t] = mass * (np.exp(logp) * (logp - logq)).sum()
+    return found
+
+
+def check_the_bound(logits, teacher_logits, k, tolerance):
+    """Live less cached is the KL inside the tail, which is not negative."""
+    entries = top_k(jnp.asarray(teacher_logits), k)
+    nothing, mask = np.zeros(logits.shape[:2], np.int32), np.ones(logits.shape[:2], bool)
+    live, sparse = (
+        np.asarray(loss_from_logits(logits, teacher, nothing, mask), np.float64)
+        for teacher in (teacher_logits, entries)
+    )
+    gap = inside_the_tail(logits, teacher_logits, np.asarray(entries.ids_BTK))
+    assert (gap >= 0).all() and gap.max() > 0
+    np.testing.assert_allclose(live - sparse, gap, rtol=0, atol=tolerance)
+    return live, sparse
+
+
+def test_what_the_tail_lacks_is_the_divergence_inside_it():
+    d = drawn(4)
+    check_the_bound((d["hidden"] @ d["kernel"]).astype(np.float32), d["teacher"], K, 2e-6)
+
+
+@SLOW
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_the_tail_is_a_lower_bound_of_every_divergence(name):
+    d = drawn(4)
+    logits, kind = (d["hidden"] @ d["kernel"]).astype(np.float32), kind_of(name)
+    live, sparse = (
+        loss_from_logits(logits, teacher, d["targets"], d["mask"], Mix(), kind)
+        for teacher in (d["teacher"], top_k(jnp.asarray(d["teacher"]), K))
+    )
+    assert (np.asarray(live - sparse)[d["mask"]] > -1e-6).all()

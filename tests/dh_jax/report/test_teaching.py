@@ -21,6 +21,10 @@ def test_records_of_the_teacher_are_read_and_a_broken_one_is_named(tmp_path):
     path.write_text("\n".join(lines))
     assert teaching(tmp_path, LIVE) == (point,)
     assert teaching(tmp_path, PLAIN) == teaching(tmp_path, {}) == ()
+    assert not point.inside and point._replace(relations=0.1).inside
+    del record["relations"], record["hidden"]  # as runs were logged before there were such terms
+    path.write_text(json.dumps(record))
+    assert teaching(tmp_path, LIVE) == (point,)
     del record["agreement"]
     path.write_text(json.dumps(record))
     with pytest.raises(DataError, match=r"metrics\.jsonl line 1.*agreement"):
