@@ -1,65 +1,71 @@
-"""Finding wrong labels by the influence of adapters: is this text prose or program?
+"""Finding wrong labels by the influence of adapters: is this text documentation or program?
 
-Shapes: B rows, N training documents, K clean queries. A row is 32 letters and, as target of the
-last one, one of two labels. A tiny decoder is first trained to read both kinds of text, then
-adapters of rank 4 on all its linear layers learn the labels, of which a fifth are wrong.
+Shapes: B rows, T tokens, N training documents, K clean queries. A row is 16 tokens of Python's
+manual or of its standard library and a question; the one target is the answer. Adapters of rank 4
+on queries and values of the real SmolLM2-135M learn the answers, a fifth of which are wrong.
 """
 
 from __future__ import annotations
 
-import re
+from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import jax
 import numpy as np
 import optax
 
-from benchmarks import _text
-from benchmarks._corpus import texts
+from benchmarks._corpus import TOKENIZER, texts
 from dh_jax.batch import Batch
-from dh_jax.config import LoraConfig
+from dh_jax.config import LoraConfig, ModelConfig
+from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.influence.empirical_fisher import datainf, woodbury
 from dh_jax.influence.estimator import gather_gradients, score
 from dh_jax.influence.first_order import gradient_dot
 from dh_jax.influence.objective import Objective, Scope
 from dh_jax.influence.per_document import per_document
-from dh_jax.models import decoder, lora
+from dh_jax.models import lora
+from dh_jax.models.gguf import convert_gguf
+from dh_jax.models.pretrained import load_pretrained
 
-LENGTH, N, K, WRONG, SEEDS = 32, 300, 100, 0.2, 3
-LETTERS = 62
-LABELS = (3, 4)  # frequent letters: adapters cannot part two columns that the head never learnt
-STEPS = 400
-
-
-def windows(seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(count, LENGTH) letters and 0 for prose, 1 for program."""
-    rng = np.random.default_rng(seed)
-    prose = " ".join(_text.topics[name] for name in sorted(_text.topics))
-    kinds = [re.sub(r"\s+", " ", text).lower() for text in (prose, " ".join(texts()[:200]))]
-    both = kinds[0] + kinds[1]
-    common = sorted(sorted(set(both)), key=both.count, reverse=True)[:LETTERS]
-    ids = {letter: i for i, letter in enumerate(common)}
-    label_N = rng.integers(0, 2, count)
-    at_N = [rng.integers(0, len(kinds[k]) - LENGTH) for k in label_N]
-    rows = [kinds[k][a : a + LENGTH] for k, a in zip(label_N, at_N, strict=True)]
-    letters = [[ids.get(letter, 63) for letter in row] for row in rows]
-    return np.array(letters, np.int32), label_N
+FOLDER = Path(".bench") / "smollm2"
+WINDOW, N, K, WRONG, SEEDS = 16, 300, 100, 0.2, 3
+PROMPT, WORDS = "\n\nIs this English or Python? It is", (" English", " Python")
+ADAPTERS = LoraConfig(rank=4, alpha=8.0, targets="query|value")
+EPOCHS, ROWS, RATE = 3, 20, 1e-3
 
 
-def as_batch(letters: np.ndarray, label_N: np.ndarray | None = None) -> Batch:
-    """With labels only the last target counts; without, all letters but the first are targets."""
-    shape = letters.shape
-    last = np.zeros(len(letters), np.int32) if label_N is None else np.take(LABELS, label_N)
-    targets = np.concatenate([letters[:, 1:], last[:, None]], axis=1).astype(np.int32)
-    is_last = np.broadcast_to(np.arange(shape[1]) == shape[1] - 1, shape)
-    mask = ~is_last if label_N is None else is_last
-    places = np.ascontiguousarray(np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape))
-    ones, zeros = np.ones(shape, np.int32), np.zeros(len(letters), np.int32)
-    return Batch(letters, targets, np.ascontiguousarray(mask), ones, places, zeros)
+class Texts:
+    """Tokens of both kinds of text, and those of the two words."""
+
+    def __init__(self, tokenizer: TokenizerWrapper) -> None:
+        manual = " ".join(topics[name] for name in sorted(topics))
+        library = "\n".join(texts()[:200])[: len(manual)]
+        self.tokens = [np.asarray(tokenizer.encode(x), np.int32) for x in (manual, library)]
+        self.prompt = np.asarray(tokenizer.encode(PROMPT), np.int32)
+        words = [tokenizer.encode(word)[:1] for word in WORDS]
+        self.words = np.concatenate(words).astype(np.int32)
+
+    def draw(self, seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows [count, T], a window and the question; 0 for the manual, 1 for program."""
+        rng = np.random.default_rng(seed)
+        label_N = rng.integers(0, 2, count)
+        at_N = [rng.integers(0, len(self.tokens[k]) - WINDOW) for k in label_N]
+        rows = [self.tokens[k][a : a + WINDOW] for k, a in zip(label_N, at_N, strict=True)]
+        return np.stack([np.concatenate([row, self.prompt]) for row in rows]), label_N
+
+    def batch(self, tokens_BT: np.ndarray, label_B: np.ndarray) -> Batch:
+        """Rows of which only the last target, the word, counts."""
+        shape = tokens_BT.shape
+        places = np.ascontiguousarray(np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape))
+        mask = places == shape[1] - 1
+        targets = np.where(mask, self.words[label_B][:, None], 0).astype(np.int32)
+        ones, zeros = np.ones(shape, np.int32), np.zeros(len(tokens_BT), np.int32)
+        return Batch(tokens_BT, targets, mask, ones, places, zeros)
 
 
-def fitted(loss: Any, params: Any, batches: list[Batch], rate: float) -> Any:
-    optimizer = optax.adam(rate)
+def fitted(loss: Any, params: Any, batches: list[Batch]) -> Any:
+    optimizer = optax.adam(RATE)
 
     @jax.jit
     def step(params: Any, state: Any, batch: Batch) -> tuple[Any, Any]:
@@ -98,34 +104,36 @@ def reference(gradients: dict[str, np.ndarray], probe: dict[str, np.ndarray]) ->
 
 
 def main() -> None:
-    base_graph, base = decoder.build(_text.CONFIG, _text.VOCAB, jax.random.key(0))
-    letters, _ = windows(1, 32 * STEPS)
-    batches = [as_batch(letters[i : i + 32]) for i in range(0, len(letters), 32)]
-    base = fitted(decoder.loss_fn(base_graph), base, batches, 3e-3)
-    config = LoraConfig(rank=4, alpha=8.0, targets="attention|mlp")
-    graph, _ = lora.adapt(base_graph, base, config, jax.random.key(1))
-    loss = lora.loss_fn(graph, base)
-    scope, key = Scope(chunk=50), jax.random.key(0)
+    if not FOLDER.exists():
+        convert_gguf(TOKENIZER, FOLDER)
+    source = Texts(TokenizerWrapper.load(FOLDER))
+    model = load_pretrained(FOLDER, ModelConfig(dtype="float32", scan_layers=True))
+    graph, _ = lora.adapt(model.graph, model.params, ADAPTERS, jax.random.key(1))
+    loss = lora.loss_fn(graph, model.params)
+    scope, key = Scope(chunk=20), jax.random.key(0)
     objective = Objective(loss)
     estimators = {
         "gradient dot": gradient_dot(objective, scope),
         "DataInf": datainf(objective, scope),
         "exact damped empirical Fisher": woodbury(objective, scope),
     }
-    door = per_document(objective, scope)
-    gradients = jax.jit(door.gradients)
+    gradients = jax.jit(per_document(objective, scope).gradients)
     found: dict[str, list[float]] = {}
     for seed in range(SEEDS):
         rng = np.random.default_rng(seed)
-        letters, label_N = windows(100 + seed, N + K)
+        tokens, label_N = source.draw(100 + seed, N + K)
         wrong_N = rng.permutation(N) < WRONG * N
         given_N = np.where(wrong_N, 1 - label_N[:N], label_N[:N])
-        train, queries = as_batch(letters[:N], given_N), as_batch(letters[N:], label_N[N:])
-        order = np.concatenate([rng.permutation(N) for _ in range(10)]).reshape(-1, 30)
-        _, start = lora.adapt(base_graph, base, config, jax.random.key(seed))
+        train, queries = source.batch(tokens[:N], given_N), source.batch(tokens[N:], label_N[N:])
+        order = np.concatenate([rng.permutation(N) for _ in range(EPOCHS)]).reshape(-1, ROWS)
+        _, start = lora.adapt(model.graph, model.params, ADAPTERS, jax.random.key(seed))
         batches = [jax.tree.map(lambda x, r=r: x[r], train) for r in order]
-        params = fitted(loss, start, batches, 1e-2)
-        each = {"plain loss": np.asarray(loss(params, train, key)).sum(axis=1)}
+        params = fitted(loss, start, batches)
+        losses_N, losses_K = (
+            np.asarray(jax.jit(loss)(params, x, key)).sum(axis=1) for x in (train, queries)
+        )
+        print(f"seed {seed}: {losses_K.mean():.3f} nats a clean query", flush=True)
+        each = {"plain loss": losses_N}
         for name, estimator in estimators.items():
             state = estimator.fit(params, [train], key)
             scores = score(estimator, params, state, [queries], [train], key)
@@ -134,12 +142,9 @@ def main() -> None:
         each["DataInf, the formula by a loop"] = reference(
             jax.tree.map(np.asarray, g), jax.tree.map(np.asarray, v)
         )
-        each["mean query loss"] = np.asarray(loss(params, queries, key)).sum(axis=1)
         for name, values in each.items():
-            if name == "mean query loss":
-                print(f"seed {seed}: {values.mean():.3f} nats a clean query")
-            else:
-                found.setdefault(name, []).append(auc(values, wrong_N))
+            found.setdefault(name, []).append(auc(values, wrong_N))
+            print(f"  {name}: {found[name][-1]:.3f}", flush=True)
     print(f"\nlabels: {WRONG:.0%} of {N} labels wrong, {K} clean queries, {SEEDS} seeds\n")
     print("| | AUC, mean over seeds | least | most |\n| --- | ---: | ---: | ---: |")
     for name, values in found.items():

@@ -34,14 +34,14 @@ from dh_torch_bridge.data import document_mask
 from dh_torch_bridge.exchange import to_jax
 
 
-def wrap_torch_teacher(model: nn.Module, *, fingerprint: str | None = None) -> TeacherWrapper:
+def wrap_torch_teacher(model: Any, *, fingerprint: str | None = None) -> TeacherWrapper:
     """A causal model of transformers as a teacher; it runs in torch, on the device it is on.
 
     Where the model's last layer is a plain matrix product (which is tried out), JAX makes the
     logits from hidden states, a few tokens at a time; else torch makes the whole table.
 
     Args:
-        model: takes ``input_ids``, ``position_ids`` and a boolean mask of ``[B, 1, T, T]``
+        model: a `PreTrainedModel`; takes ids, positions and a boolean mask of ``[B, 1, T, T]``
             (``attn_implementation="sdpa"``). Put into evaluation mode; not changed otherwise.
         fingerprint: of the weights, for a cache.
     """
@@ -116,7 +116,7 @@ def _ends_in(model: Any, head: Any) -> bool:
 def load_torch_teacher(name: str, dtype: str = "float32") -> TeacherWrapper:
     """A teacher from a Hugging Face folder or a hub name; its fingerprint is that of `dh`."""
     folder = find_folder(name)
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, dtype), attn_implementation="sdpa"
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"

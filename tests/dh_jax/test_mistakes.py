@@ -47,9 +47,7 @@ def documented() -> dict[str, str]:
 
 
 @pytest.fixture
-def case(
-    make_config: Any, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Case:
+def case(make_config: Any, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
     paths = []
     for name, changes in (("data", {"store": str(store)}), ("streamed", {})):
         paths.append(tmp_path / f"{name}.yaml")
