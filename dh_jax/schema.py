@@ -373,6 +373,8 @@ class TorchRunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    mixing: MixingConfig = field(default_factory=MixingConfig)
+    influence: InfluenceConfig = field(default_factory=InfluenceConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     out: str = "runs/torch"
     resume: bool = False  # a restart by torchrun resumes by itself

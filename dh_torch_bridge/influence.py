@@ -32,6 +32,7 @@ from dh_jax.errors import ConfigError
 from dh_jax.functions import Params, TappedLayer
 from dh_jax.influence.objective import Objective, Taps
 from dh_torch_bridge.data import IGNORED, TorchBatch
+from dh_torch_bridge.distributed.named import plain_name
 from dh_torch_bridge.exchange import to_jax
 from dh_torch_bridge.losses import token_losses
 
@@ -107,7 +108,7 @@ def torch_objective(model: nn.Module, loss: TorchLoss = token_losses) -> Objecti
 
 def fill_twin(twin: nn.Module, model: nn.Module) -> None:
     """Copy a spread model's parameters and buffers into one that is whole; all ranks call it."""
-    source = model.state_dict()
+    source = {plain_name(name): value for name, value in model.state_dict().items()}
     with torch.no_grad():
         for name, tensor in twin.state_dict().items():
             value = source[name]

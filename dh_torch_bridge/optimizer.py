@@ -153,6 +153,7 @@ class InfluenceAwareOptimizer(torch.optim.Optimizer):
         return dict(zip(self._loader.names, weights, strict=True))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As `torch.optim.Optimizer`: the wrapped optimizer gets the group."""
         if "inner" not in self.__dict__:  # from the constructor, which shares the groups itself
             super().add_param_group(param_group)
             return

@@ -65,6 +65,7 @@ class RankPlan(NamedTuple):
 
     @property
     def sent_bytes(self) -> int:
+        """Bytes that the rank sends in one step."""
         return sum(t.bytes for t in self.traffic.values())
 
 
@@ -95,7 +96,8 @@ def plan(
         tokens: of a row.
 
     Returns:
-        For an impossible layout a plan with ``problem``, the error that ranks would stop with.
+        For an impossible layout a plan with ``problem``, the text of the ConfigError that ranks
+        would stop with.
 
     Raises:
         RuntimeError: the process is a rank of something already.

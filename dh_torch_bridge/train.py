@@ -17,6 +17,8 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,10 +32,11 @@ from dh_jax.config import ModelConfig, TorchRunConfig, TrainingConfig, validate_
 from dh_jax.data.seeding import derive
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.errors import ConfigError, DataError, UserError
+from dh_jax.influence.optimizer import Reweighting
 from dh_jax.models.pretrained import find_folder
 from dh_jax.runconfig import check_training, refuse_other_config, save_config
 from dh_jax.runlog import RunLog
-from dh_torch_bridge.data import TorchBatch, get_loader
+from dh_torch_bridge.data import TorchBatch, TorchLoader, get_loader
 from dh_torch_bridge.distributed.checkpoint import Checkpoints
 from dh_torch_bridge.distributed.mesh import data_shard, make_mesh, pick_device, sum_over_data
 from dh_torch_bridge.distributed.parallelize import (
@@ -44,6 +47,7 @@ from dh_torch_bridge.distributed.parallelize import (
     parallelize,
 )
 from dh_torch_bridge.runstate import restore_run, save_run
+from dh_torch_bridge.steering import load_steering_state, steer, steering_state
 
 PATIENCE = 5.0  # seconds that a rank leaves a mistake to rank 0 to tell
 
@@ -161,42 +165,66 @@ def train(run: TorchRunConfig) -> None:
     check_batch(run.distributed, mesh, training.batch_size // ranks, data.max_length)
     torch.manual_seed(training.seed)
     first = mesh is None or dist.get_rank() == 0
+    built = partial(build_model, run.model, vocab_size)
     with torch.device("cpu" if first else "meta"):  # the others are given rank 0's numbers
-        whole = build_model(run.model, vocab_size)
+        whole = built()
     model = parallelize(
         whole, run.distributed, mesh,
         autocast=torch.bfloat16 if run.model.dtype == "bfloat16" else None,
     )  # fmt: skip
     optimizer, schedule = make_optimizer(model, training)
-    log, done, tokens = None, 0, 0
-    with Checkpoints(
-        folder / "checkpoints", keep=training.keep, keep_every=training.keep_every
-    ) as checkpoints, get_loader(
-        data, tokenizer=tokenizer, batch_size=training.batch_size,
-        seed=derive(training.seed, "train"), shard=(rank, ranks),
-    ) as loader:  # fmt: skip
+    log: RunLog | None = None
+    done = tokens = 0
+    with ExitStack() as closing:
+        checkpoints = closing.enter_context(
+            Checkpoints(folder / "checkpoints", keep=training.keep, keep_every=training.keep_every)
+        )
+        loader = closing.enter_context(
+            get_loader(
+                data, tokenizer=tokenizer, batch_size=training.batch_size,
+                seed=derive(training.seed, "train"), shard=(rank, ranks),
+            )
+        )  # fmt: skip
+
+        def note(move: Reweighting) -> None:
+            if log:
+                log.write(move_record(move, loader))
+
+        steered, samplers = steer(optimizer, run, model, loader, tokenizer, built, closing, note)
         if restored := restore_run(checkpoints, model, optimizer, loader, schedule):
             done, tokens = restored.step, restored.host["tokens"]
+            load_steering_state(steered, samplers, restored.host["steering"])
         if first:
             save_config(folder, run)
             log = RunLog(folder, step=done or None)
+            closing.callback(log.close)
         for step in range(done + 1, training.steps + 1):
             batch = {name: tensor.to(device) for name, tensor in next(loader).items()}
             tokens += int(sum_over_data((batch["segment_ids"] > 0).sum(), mesh))
-            rate = schedule.get_last_lr()[0]
-            loss, norm = update(model, batch, optimizer, training.clip_norm)
+            rate, weights = schedule.get_last_lr()[0], loader.weights
+            loss, norm = update(model, batch, steered, training.clip_norm)
             schedule.step()
             if not math.isfinite(loss):
                 raise DataError(f"the loss is {loss} at step {step}; lower the learning rate")
             if log and (step % training.log_interval == 0 or step == training.steps):
                 log.write({
                     "kind": "train", "step": step, "loss": loss, "grad_norm": norm,
-                    "learning_rate": rate, "tokens": tokens, "weights": loader.weights,
+                    "learning_rate": rate, "tokens": tokens, "weights": weights,
                 })  # fmt: skip
             if step % training.checkpoint_interval == 0 or step == training.steps:
-                save_run(checkpoints, step, model, optimizer, loader, schedule, tokens=tokens)
-    if log:
-        log.close()
+                save_run(
+                    checkpoints, step, model, optimizer, loader, schedule,
+                    tokens=tokens, steering=steering_state(steered, samplers),
+                )  # fmt: skip
+
+
+def move_record(move: Reweighting, loader: TorchLoader) -> dict[str, Any]:
+    """A move of the weights for the log, as `dh train` writes it."""
+    record: dict[str, Any] = {"kind": "reweight", "step": move.step, "weights": loader.weights}
+    for name, values in (("influence", move.influence_M), ("alignment", move.alignment_M)):
+        if values is not None:
+            record[name] = dict(zip(loader.names, map(float, values), strict=True))
+    return record
 
 
 def update(

@@ -46,7 +46,8 @@ API = {
     "Distillation": (
         "dh_jax.distillation.losses", "dh_jax.distillation.teacher",
         "dh_jax.distillation.objective", "dh_jax.distillation.cached",
-        "dh_jax.distillation.caching",
+        "dh_jax.distillation.caching", "dh_jax.distillation.inside",
+        "dh_jax.distillation.universal", "dh_jax.models.states",
     ),
     "Runs": (
         "dh_jax.train", "dh_jax.step", "dh_jax.distributed.mesh", "dh_jax.distributed.checkpoint",
@@ -55,8 +56,11 @@ API = {
     "Figures": ("dh_jax.viz.batches", "dh_jax.viz.measured", "dh_jax.viz.figures",
                 "dh_jax.viz.notebook"),
     "The torch bridge": (
-        "dh_torch_bridge.data", "dh_torch_bridge.distributed.mesh",
-        "dh_torch_bridge.distributed.fsdp2",
+        "dh_torch_bridge.data", "dh_torch_bridge.distillation", "dh_torch_bridge.influence",
+        "dh_torch_bridge.optimizer", "dh_torch_bridge.teacher", "dh_torch_bridge.runstate",
+        "dh_torch_bridge.pretrained", "dh_torch_bridge.exchange", "dh_torch_bridge.losses",
+        "dh_torch_bridge.plan", "dh_torch_bridge.distributed.mesh",
+        "dh_torch_bridge.distributed.parallelize", "dh_torch_bridge.distributed.checkpoint",
     ),
 }  # fmt: skip
 # Group of configs -> the schema behind it.

@@ -235,6 +235,6 @@ def test_a_workspace_member_composes_our_data_and_imports_from_both_packages(
         ],
         "dh_torch_bridge": [
             "dh_torch_bridge.data.get_loader",
-            "dh_jax.influence.optimizer.InfluenceAwareOptimizer",
+            "dh_torch_bridge.optimizer.InfluenceAwareOptimizer",
         ],
     }

@@ -55,6 +55,7 @@ class Parallel(NamedTuple):
             yield from part.named_parameters()
 
     def parameters(self) -> Iterator[nn.Parameter]:
+        """This rank's parameters, each once."""
         for _, parameter in self.named_parameters():
             yield parameter
 

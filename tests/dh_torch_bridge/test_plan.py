@@ -57,9 +57,10 @@ def collectives(layout: dict[str, Any], layers: int) -> Counter[str]:
     return found
 
 
-# Both for the hooks of CommDebugMode.
+# All for the hooks of CommDebugMode.
 @pytest.mark.filterwarnings("ignore:For backward hooks to be called")
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 @pytest.mark.parametrize("layers", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_collectives_of_a_step(layers: int) -> None:
     # A gather for each block's forward and backward, one for table, norm and head together.
