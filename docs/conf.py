@@ -47,6 +47,8 @@ nb_execution_mode = "off"  # `make notebooks` executes; the pages show what was 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
+# `Mix` and `InfluenceAwareOptimizer` are names of both halves; a link to the first will do.
+suppress_warnings = ["ref.python"]
 autodoc_default_options = {"members": True, "member-order": "bysource", "show-inheritance": False}
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"

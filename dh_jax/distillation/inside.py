@@ -4,17 +4,17 @@ A relation is, for every token, a distribution over the tokens of its own docume
 products of its vector with theirs. The loss is KL(teacher's, student's), averaged over heads and
 added up over the relations. Widths of heads may differ between the two, so nothing is projected.
 
-===================  ==========================================================================
-minilm               attention, softmax(Q K^T / sqrt(d)), and V with V (MiniLM, Wang et al. 2020,
-                     arXiv:2002.10957, equations 5 to 8); both have the same number of heads
-minilm_v2            Q with Q, K with K, V with V over ``heads`` relation heads (MiniLMv2, Wang et
-                     al. 2021, arXiv:2012.15828, section 3.1)
-bitdistill_equation  the same: equations 11 and 12 of BitDistill (Wu et al. 2025,
-                     arXiv:2510.13998), with alpha = 1
-bitdistill_algorithm Algorithm 1 of BitDistill: vectors are scaled to length 1 and products
-                     divided by a temperature, of which the paper says nothing (1 here);
-                     probabilities are at least 1e-8
-===================  ==========================================================================
+====================  =============================================================================
+minilm                attention, softmax(Q K^T / sqrt(d)), and V with V (MiniLM, Wang et al. 2020,
+                      arXiv:2002.10957, equations 5 to 8); both have the same number of heads
+minilm_v2             Q with Q, K with K, V with V over ``heads`` relation heads (MiniLMv2, Wang et
+                      al. 2021, arXiv:2012.15828, section 3.1)
+bitdistill_equation   the same: equations 11 and 12 of BitDistill (Wu et al. 2025,
+                      arXiv:2510.13998), with alpha = 1
+bitdistill_algorithm  Algorithm 1 of BitDistill: vectors are scaled to length 1 and products
+                      divided by a temperature, of which the paper says nothing (1 here);
+                      probabilities are at least 1e-8
+====================  =============================================================================
 
 The papers write no mask. Here a token sees its own document alone, and with ``causal`` the part up
 to itself, as the attention of a decoder does. They average over all tokens; a `LossFn` is 0 where

@@ -17,9 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import fsspec
 import numpy as np
 import pytest
+from fsspec.registry import _registry
 from omegaconf import OmegaConf
 
 from dh_jax import cli, commands
@@ -63,7 +63,7 @@ def misspelt_key(case: Case) -> list[str]:
 
 def missing_extra(case: Case) -> list[str]:
     case.patch.setitem(sys.modules, "s3fs", None)
-    case.patch.delitem(fsspec.registry._registry, "s3", raising=False)  # of an earlier test
+    case.patch.delitem(_registry, "s3", raising=False)  # of an earlier test
     case.patch.setattr("dh_jax.doctor.version", lambda n: None if n == "s3fs" else "1")
     return ["inspect", f"data={case.streamed}", "data.sources.code.paths=[s3://bucket/x.jsonl]"]
 
