@@ -97,11 +97,7 @@ def distill(options: argparse.Namespace) -> int:
         distilling.refuse_without_teacher(compose.compose_run(options.overrides))
         return train(options)
     console = _console(stderr=options.json)
-    with console.status("the teacher is read") as status:
-
-        def progress(source: str, entries: int) -> None:
-            status.update(f"{source}: {entries:,} tokens")
-
+    with module("progress").CacheProgress(console) as progress:
         cached = distilling.make_cache(compose.compose_run(options.overrides), progress)
     entries = sum(shard["entries"] for shard in cached.manifest["shards"])
     size = sum(path.stat().st_size for path in cached.folder.rglob("*.safetensors"))

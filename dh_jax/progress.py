@@ -131,6 +131,34 @@ class InfluenceProgress(Bar):
         self._bar.update(self._task, completed=done, total=total, description=f"{what}{pace}")
 
 
+class CacheProgress(Bar):
+    """Tokens that a teacher has been asked about, and their rate; a line for each source done."""
+
+    def __init__(self, console: Console):
+        super().__init__(console)
+        self._task = self._bar.add_task("the teacher is read", total=None)
+        self._source, self._entries = "", 0
+        self._start = time.perf_counter()
+        self._before = 0  # of this source, when the clock was started
+
+    def __call__(self, source: str, entries: int) -> None:
+        if source != self._source:
+            self._tell()
+            self._start, self._before = time.perf_counter(), entries
+        self._source, self._entries = source, entries
+        pace = (entries - self._before) / max(time.perf_counter() - self._start, 1e-9)
+        said = f"{source}: {entries:,} tokens ({pace:,.0f}/s)"
+        self._bar.update(self._task, description=said)
+
+    def _tell(self) -> None:
+        if self._source:
+            self._console.print(f"{self._source}: {self._entries:,} tokens", highlight=False)
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self._tell()
+
+
 class SearchProgress(Bar):
     """A progress bar of a search: proxies that are done."""
 

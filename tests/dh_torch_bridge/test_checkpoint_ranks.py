@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
@@ -14,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from omegaconf import OmegaConf
 
 torch = pytest.importorskip("torch")
 
 from dh_torch_bridge.distributed.checkpoint import Checkpoints, written_steps  # noqa: E402
 from dh_torch_bridge.distributed.named import named_tensors  # noqa: E402
+from tests.dh_torch_bridge.launch import written  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -90,8 +89,7 @@ def test_thirty_kills_and_ten_damaged_steps_leave_nothing_wrong(tmp_path: Path) 
 
 @pytest.fixture(scope="module")
 def overrides(make_config: Any, store: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    path = tmp_path_factory.mktemp("config") / "small.yaml"
-    OmegaConf.save(OmegaConf.create(dataclasses.asdict(make_config(store=str(store)))), path)
+    path = written(make_config(store=str(store)), tmp_path_factory.mktemp("config"))
     shape = {"width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "mlp_width": 48}
     return [
         "-m",

