@@ -50,6 +50,7 @@ METHODS: dict[str, dict[str, Make]] = {
         "DataInf": lambda o, p, s: datainf(p, s),
         "empirical Fisher": lambda o, p, s: woodbury(p, s),
         "EK-FAC": lambda o, p, s: ekfac(o, s),
+        "EK-FAC, 8 drawn labels": lambda o, p, s: ekfac(o, s, samples=8),
         "Gauss-Newton, block CG, 2 steps": lambda o, p, s: conjugate_gradient(
             o, s, preconditioner=ekfac(o, s), steps=2
         ),

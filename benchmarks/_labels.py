@@ -106,7 +106,7 @@ def reference(gradients: dict[str, np.ndarray], probe: dict[str, np.ndarray]) ->
 def main() -> None:
     if not FOLDER.exists():
         convert_gguf(TOKENIZER, FOLDER)
-    source = Texts(TokenizerWrapper.load(FOLDER))
+    source = Texts(TokenizerWrapper.load(FOLDER, add_eos=False))
     model = load_pretrained(FOLDER, ModelConfig(dtype="float32", scan_layers=True))
     graph, _ = lora.adapt(model.graph, model.params, ADAPTERS, jax.random.key(1))
     loss = lora.loss_fn(graph, model.params)

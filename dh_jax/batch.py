@@ -58,6 +58,11 @@ class Origins(NamedTuple):
     offsets_BS: Array  # int64, where in its document (in tokens) the piece begins
     lengths_BS: Array  # int32, tokens of the piece
 
+    def documents(self, row: int) -> list[str]:
+        """Names of a row's documents in their order, 16 hexadecimal digits as `dh show` takes."""
+        pieces = zip(self.document_ids_BS[row], self.lengths_BS[row], strict=True)
+        return [f"{int(document):016x}" for document, length in pieces if length > 0]
+
 
 def checksum(batch: Batch) -> str:
     """64 bits of BLAKE2b, in hex, over what a step learns from a NumPy batch: its tokens, its

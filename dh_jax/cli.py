@@ -9,6 +9,7 @@ import argparse
 import errno
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    told = warnings.formatwarning
+    if not options.debug:  # what a user is told names no line of ours
+        warnings.formatwarning = lambda message, *_, **__: f"dh {options.command}: {message}\n"
     try:
         return int(options.run(options))
     except BrokenPipeError:  # `dh ... | head`; nothing more can be said there, not even at exit
@@ -156,6 +160,8 @@ def _run(options: argparse.Namespace) -> int:
             raise
         print(f"dh {options.command}: {said}", file=sys.stderr)
         return EXIT_USER_ERROR
+    finally:
+        warnings.formatwarning = told
 
 
 def mistake(error: Exception) -> str | None:

@@ -34,6 +34,13 @@ def train(options: argparse.Namespace) -> int:
                 "of the student on cross-entropy; its teacher comes on top, unpriced"
             )
         return 0
+    if run.resume and (facts := train.finished(run)):
+        if options.json:
+            print(json.dumps(facts))
+        _console(stderr=options.json).print(
+            f"{run.out} had finished, at step {facts['step']}: nothing is left to do"
+        )
+        return 0
     # Before anything touches a device; beside the first process none speaks but of errors.
     quiet = module("distributed.processes").join(run.mesh) > 0
     console = _console(quiet=quiet, stderr=options.json)

@@ -79,7 +79,7 @@ def print_examination(found: dict[str, Any], console: Console) -> None:
     if found["extras"]:
         console.print("\nwhat is not installed, each for those who need it:")
         for extra in found["extras"].values():  # whole lines, to be copied
-            said = f"  {extra['install']:<36} {', '.join(extra['missing'])}"
+            said = f"  {', '.join(extra['missing'])}: {extra['install']}"
             console.print(Text(said), soft_wrap=True)
     console.print("")
     for problem in found["problems"]:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from dh_jax.data.storage import EXTRAS
+from dh_jax.extras import DISTRIBUTION, install_command
 
-DISTRIBUTION = "data-handler"
 SHOWN = ("jax", "jaxlib", "flax", "optax", "grain", "transformers", "torch")
 HUB, HUB_VARIABLE = "https://huggingface.co", "HF_ENDPOINT"
 TIMEOUT = 5.0  # seconds that an address may take to answer
@@ -56,7 +56,7 @@ def examine(addresses: Sequence[str] = ()) -> dict[str, Any]:
         f"{address}: {said}" for address, said in found["addresses"].items() if said != "reached"
     ]
     found["extras"] = {
-        name: {"missing": lacks, "install": f"pip install '{DISTRIBUTION}[{name}]'"}
+        name: {"missing": lacks, "install": install_command(name)}
         for name in extras()
         if (lacks := missing(name))
     }
@@ -98,7 +98,7 @@ def cure_of(error: ImportError) -> str | None:
         for lacking in missing(extra):
             module = lacking.replace("-", "_").lower()
             if name.lower() == module or (not name and lacking.lower() in said.lower()):
-                return f"{lacking} is not installed; pip install '{DISTRIBUTION}[{extra}]'"
+                return f"{lacking} is not installed; {install_command(extra)}"
     return None
 
 
@@ -149,7 +149,7 @@ def reach(address: str) -> str:
         there = filesystem.exists(path)
     except ImportError as error:
         extra = EXTRAS.get(address.partition("://")[0])
-        cure = f"pip install '{DISTRIBUTION}[{extra}]'" if extra else str(error)
+        cure = install_command(extra) if extra else str(error)
         return f"a library is missing; {cure}"
     except Exception as error:  # every file system has errors of its own; all are told
         return f"not reached: {type(error).__name__}: {' '.join(str(error).split())}"

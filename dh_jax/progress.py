@@ -1,9 +1,12 @@
-"""Progress bars of the commands: what is done, how fast, and the time left."""
+"""Progress of the commands: what is done, how fast, and the time left.
+
+A bar in a terminal or notebook; in a log or a pipe a line every few seconds.
+"""
 
 from __future__ import annotations
 
 import time
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -16,14 +19,24 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from dh_jax.data import prepare
+if TYPE_CHECKING:
+    from dh_jax.data import prepare
+
+PAUSE = 10.0  # seconds at least between two lines of the same step
 
 
 class Bar:
-    """A bar that is there between enter and exit."""
+    """A bar of one task that is there between enter and exit.
 
-    def __init__(self, console: Console):
+    Args:
+        console: where; one that is no terminal gets lines instead.
+        step: what is done first.
+        total: how many there are of it, if that is known.
+    """
+
+    def __init__(self, console: Console, step: str, total: int | None = None):
         self._console = console
+        self._drawn = console.is_terminal or console.is_jupyter
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -32,49 +45,73 @@ class Bar:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
+            disable=not self._drawn,
         )
+        self._task = self._bar.add_task(step, total=total)
+        self._step, self._total = step, total
+        self._last = 0.0  # when a line was written
 
     def __enter__(self) -> Self:
         self._bar.start()
+        self._line(self._step)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
+    def begin(self, step: str, total: int | None = None) -> None:
+        """Another step, with a clock of its own: one's pace says nothing of the next one's."""
+        self._bar.remove_task(self._task)
+        self._task = self._bar.add_task(step, total=total)
+        if step != self._step:
+            self._line(step)
+        self._step, self._total = step, total
+
+    def show(self, said: str, done: int | None = None) -> None:
+        self._bar.update(self._task, description=said, completed=done)
+        if time.monotonic() - self._last >= PAUSE:
+            of = "" if self._total is None else f" of {self._total:,}"
+            self._line(said if done is None else f"{said}  {done:,}{of}")
+
+    def note(self, said: str) -> None:
+        """A line that stays, above the bar."""
+        self._console.print(said, highlight=False)
+
+    def _line(self, said: str) -> None:
+        if not self._drawn:
+            self._last = time.monotonic()
+            self.note(said)
+
 
 class TrainProgress(Bar):
-    """A progress bar that is a listener of metrics records: loss, tokens/s, weights."""
+    """A listener of metrics records: loss, tokens/s, weights."""
 
-    def __init__(self, steps: int, console: Console):
-        super().__init__(console)
-        self._task = self._bar.add_task("compiling", total=steps)
-        self._last: tuple[float, int] | None = None
+    def __init__(self, steps: int, console: Console, step: str = "compiling"):
+        super().__init__(console, step, steps)
+        self._before: tuple[float, int] | None = None
         self._rate = 0.0
 
     def __call__(self, record: dict[str, Any]) -> None:
-        if record["kind"] == "train":
+        kind, step = record["kind"], record["step"]
+        if kind == "train":
             now = time.perf_counter(), record["tokens"]
-            if self._last and now[0] > self._last[0]:
-                rate = (now[1] - self._last[1]) / (now[0] - self._last[0])
+            if self._before and now[0] > self._before[0]:
+                rate = (now[1] - self._before[1]) / (now[0] - self._before[0])
                 self._rate = rate if not self._rate else 0.9 * self._rate + 0.1 * rate
-            self._last = now
-            self._bar.update(
-                self._task,
-                completed=record["step"],
-                description=f"loss {record['loss']:.3f}  {self._rate:,.0f} tok/s",
-            )
-        elif record["kind"] == "eval":
-            losses = "  ".join(
-                f"{name} {figures['bits_per_byte']:.3f}"
-                for name, figures in record["domains"].items()
-            )
-            self._console.print(f"step {record['step']:>6}  bits/byte  {losses}", highlight=False)
-        elif record["kind"] == "distillation":
-            said = "  ".join(f"{k} {record[k]:.3f}" for k in ("divergence", "agreement"))
-            self._console.print(f"step {record['step']:>6}  teacher    {said}", highlight=False)
-        elif record["kind"] == "reweight":
-            weights = "  ".join(f"{name} {w:.3f}" for name, w in record["weights"].items())
-            self._console.print(f"step {record['step']:>6}  weights    {weights}", highlight=False)
+            self._before = now
+            pace = f"  {self._rate:,.0f} tok/s" if self._rate else ""
+            self.show(f"loss {record['loss']:.3f}{pace}", step)
+        elif kind == "eval":
+            losses = {name: x["bits_per_byte"] for name, x in record["domains"].items()}
+            self._note(step, "bits/byte", losses)
+        elif kind == "distillation":
+            self._note(step, "teacher", {k: record[k] for k in ("divergence", "agreement")})
+        elif kind == "reweight":
+            self._note(step, "weights", record["weights"])
+
+    def _note(self, step: int, what: str, values: dict[str, float]) -> None:
+        said = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+        self.note(f"step {step:>6}  {what:<9}  {said}")
 
 
 class PrepareProgress(Bar):
@@ -84,15 +121,13 @@ class PrepareProgress(Bar):
     STEPS: ClassVar = {"map": "reading", "decide": "comparing", "write": "writing"}
 
     def __init__(self, console: Console):
-        super().__init__(console)
-        self._task = self._bar.add_task("reading", total=None)
-        self._step = "map"
+        super().__init__(console, "reading")
         self._start = time.perf_counter()
 
     def __call__(self, progress: prepare.Progress) -> None:
-        if progress.step != self._step:  # a step's pace says nothing about the next one's
-            self._step = progress.step
-            self._bar.reset(self._task)
+        step = self.STEPS[progress.step]
+        if (step, progress.total) != (self._step, self._total):
+            self.begin(step, progress.total)
         pace = ""
         if progress.step == "map":
             seconds = max(time.perf_counter() - self._start, 1e-9)
@@ -100,12 +135,9 @@ class PrepareProgress(Bar):
                 f" ({progress.documents / seconds:,.0f}/s), {progress.tokens:,} tokens "
                 f"({progress.tokens / seconds:,.0f}/s)"
             )
-        self._bar.update(
-            self._task,
-            completed=progress.done,
-            total=progress.total,
-            description=f"{self.STEPS[progress.step]}: {progress.documents:,} documents{pace}, "
-            f"{progress.dropped:,} dropped",
+        self.show(
+            f"{step}: {progress.documents:,} documents{pace}, {progress.dropped:,} dropped",
+            progress.done,
         )
 
 
@@ -113,30 +145,28 @@ class InfluenceProgress(Bar):
     """Documents scored, their rate and the time left; a spinner while something is fitted."""
 
     def __init__(self, console: Console):
-        super().__init__(console)
-        self._task = self._bar.add_task("reading", total=None)
-        self._what = "reading"
+        super().__init__(console, "reading")
         self._first: tuple[float, int] | None = None
 
     def __call__(self, what: str, done: int, total: int | None) -> None:
-        if what != self._what:  # its own clock, so that the rate is that of this step
-            self._bar.remove_task(self._task)
-            self._task, self._what = self._bar.add_task(what, total=total), what
+        if what != self._step:
+            self.begin(what, total)
             self._first = None
         now = time.perf_counter()
         if self._first is None:
             self._first = now, done
         seconds, documents = now - self._first[0], done - self._first[1]
-        pace = f"  {documents / seconds:.2f} documents/s" if documents and seconds > 1 else ""
-        self._bar.update(self._task, completed=done, total=total, description=f"{what}{pace}")
+        pace = "" if total is None else ": compiling"  # which the first rows wait for
+        if documents and seconds > 1:
+            pace = f"  {documents / seconds:.2f} documents/s"
+        self.show(f"{what}{pace}", done)
 
 
 class CacheProgress(Bar):
     """Tokens that a teacher has been asked about, and their rate; a line for each source done."""
 
     def __init__(self, console: Console):
-        super().__init__(console)
-        self._task = self._bar.add_task("the teacher is read", total=None)
+        super().__init__(console, "the teacher is read")
         self._source, self._entries = "", 0
         self._start = time.perf_counter()
         self._before = 0  # of this source, when the clock was started
@@ -147,12 +177,11 @@ class CacheProgress(Bar):
             self._start, self._before = time.perf_counter(), entries
         self._source, self._entries = source, entries
         pace = (entries - self._before) / max(time.perf_counter() - self._start, 1e-9)
-        said = f"{source}: {entries:,} tokens ({pace:,.0f}/s)"
-        self._bar.update(self._task, description=said)
+        self.show(f"{source}: {entries:,} tokens ({pace:,.0f}/s)")
 
     def _tell(self) -> None:
         if self._source:
-            self._console.print(f"{self._source}: {self._entries:,} tokens", highlight=False)
+            self.note(f"{self._source}: {self._entries:,} tokens")
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
@@ -163,8 +192,9 @@ class SearchProgress(Bar):
     """A progress bar of a search: proxies that are done."""
 
     def __init__(self, console: Console):
-        super().__init__(console)
-        self._task = self._bar.add_task("proxies", total=None)
+        super().__init__(console, "proxies")
 
     def __call__(self, done: int, total: int) -> None:
-        self._bar.update(self._task, completed=done, total=total)
+        if total != self._total:
+            self.begin("proxies", total)
+        self.show("proxies", done)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dh_jax.errors import ConfigError
+from dh_jax.extras import install_command
 from dh_jax.runlog import Listener, Record
 
 
@@ -30,7 +31,7 @@ def tensorboard(folder: Path, resumed_at: int | None = None) -> Iterator[Listene
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise ConfigError(
-            "training.tensorboard needs tensorboardX; pip install 'data-handler[track]'"
+            f"training.tensorboard needs tensorboardX; {install_command('track')}"
         ) from error
     purge = None if resumed_at is None else resumed_at + 1
     with SummaryWriter(str(folder), purge_step=purge) as writer:
@@ -52,9 +53,7 @@ def wandb(folder: Path, config: dict[str, Any]) -> Iterator[Listener]:
     try:
         import wandb as client
     except ImportError as error:
-        raise ConfigError(
-            "training.wandb needs wandb; pip install 'data-handler[track]'"
-        ) from error
+        raise ConfigError(f"training.wandb needs wandb; {install_command('track')}") from error
     with client.init(project="data-handler", dir=str(folder), config=config) as run:
 
         def listen(record: Record) -> None:

@@ -8,6 +8,7 @@ continues with the same bits.
 from __future__ import annotations
 
 import dataclasses
+import json
 from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
@@ -96,6 +97,20 @@ def check(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, data=data, mixing=mixing, model=resolve(config.model))
 
 
+def finished(config: RunConfig) -> dict[str, Any] | None:
+    """The content of ``run.json`` if the run in ``out`` has been trained to its end, else None.
+
+    Raises:
+        StateError: ``out`` holds a run of another config.
+    """
+    folder = Path(config.out)
+    if (folder / "config.yaml").exists():
+        refuse_other_config(folder, config)
+    path = folder / "run.json"
+    facts: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return facts if facts.get("status") == "finished" else None
+
+
 def open_run(config: RunConfig, closing: ExitStack) -> Run:
     """Build tokenizer, loaders, model and optimizer; ``closing`` closes the loaders."""
     mesh = make_mesh(config.mesh)
@@ -171,8 +186,8 @@ def train(
     started = (folder / "config.yaml").exists()
     if started and not config.resume:
         raise ConfigError(f"{folder} already holds a run; add resume=true or choose another out=")
-    if started:
-        refuse_other_config(folder, config)
+    if started and (facts := finished(config)):
+        return facts
     with ExitStack() as closing:
         run = open_run(config, closing)
         checkpoints = closing.enter_context(

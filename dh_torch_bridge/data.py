@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -15,8 +14,7 @@ from dh_jax.config import DataConfig, suggest
 from dh_jax.data import loader as data
 from dh_jax.errors import ConfigError
 from dh_torch_bridge.copies import COPIED
-
-IGNORED = -100  # the label that torch's cross_entropy ignores by default
+from dh_torch_bridge.labels import IGNORED, plain_labels, shifted_labels
 
 TorchBatch = dict[str, Any]  # tensors, and max_seqlen as a number
 
@@ -24,6 +22,12 @@ TorchBatch = dict[str, Any]  # tensors, and max_seqlen as a number
 # What a batch has by default, and what else it can be asked for.
 COLUMNS = ("input_ids", "labels", "shift_labels", "position_ids", "segment_ids", "source_ids")
 MORE_COLUMNS = ("attention_mask", "cu_seqlens", "max_seqlen")
+SHARED = {  # columns that are a batch's own memory
+    "input_ids": "tokens_BT",
+    "position_ids": "positions_BT",
+    "segment_ids": "segment_ids_BT",
+    "source_ids": "source_ids_B",
+}
 
 
 def get_loader(
@@ -56,7 +60,7 @@ def get_loader(
                 f"no column {name!r}{suggest(name, list(known))}; known: {', '.join(known)}"
             )
     pinned = torch.cuda.is_available() if pin_memory is None else pin_memory
-    below = data.get_loader(config, **options)
+    below = data.get_loader(config, unlearnt=IGNORED, **options)
     return TorchLoader(below, options.get("shard", (0, 1)), tuple(columns), pinned)
 
 
@@ -68,7 +72,8 @@ def as_torch(batch: Batch, columns: Sequence[str] = COLUMNS) -> TorchBatch:
     position_ids    int32 ``[B, T]``, from 0 in every document; likewise
     segment_ids     int32 ``[B, T]``, 1, 2, ... along a row, 0 = padding; likewise
     source_ids      int32 ``[B]``, numbers of `TorchLoader.names`; likewise
-    shift_labels    int64 ``[B, T]``, the target of each position; -100: nothing is learnt
+    shift_labels    int64 ``[B, T]``, the target of each position; -100: nothing is learnt;
+                    likewise
     labels          int64 ``[B, T]``, the same one place to the right, as transformers has it
     attention_mask  bool ``[B, 1, T, T]``, of `document_mask`
     cu_seqlens      int32 ``[N + 1]``, where the documents of all rows, laid end to end, begin
@@ -76,33 +81,32 @@ def as_torch(batch: Batch, columns: Sequence[str] = COLUMNS) -> TorchBatch:
     max_seqlen      int, the longest of them
     ==============  ========================================================================
 
-    Labels are the one copy (counted in `COPIED` under ``labels``): torch's losses refuse int32.
+    Rows are assembled with ``shift_labels`` in int64, since torch's losses refuse int32; ``labels``
+    are the one copy (counted in `COPIED` under ``labels``), and ``shift_labels`` too of a batch
+    that a JAX loader has made.
     Plain ``labels`` cannot hold the last target of a document that goes on in another row;
     ``shift_labels`` does.
     """
     made: TorchBatch = {
-        "input_ids": torch.from_numpy(batch.tokens_BT),
-        "position_ids": torch.from_numpy(batch.positions_BT),
-        "segment_ids": torch.from_numpy(batch.segment_ids_BT),
-        "source_ids": torch.from_numpy(batch.source_ids_B),
+        name: torch.from_numpy(getattr(batch, field))
+        for name, field in SHARED.items()
+        if name in columns
     }
     if "shift_labels" in columns or "labels" in columns:
-        targets_BT = np.full(batch.targets_BT.shape, IGNORED, np.int64)
-        np.copyto(targets_BT, batch.targets_BT, where=batch.loss_mask_BT)
-        made["shift_labels"] = torch.from_numpy(targets_BT)
-        COPIED["labels"] += targets_BT.nbytes
+        shifted_BT = batch.targets_BT
+        if shifted_BT.itemsize < 8:  # not of a loader that was asked for int64
+            shifted_BT = shifted_labels(batch.targets_BT, batch.loss_mask_BT)
+            COPIED["labels"] += shifted_BT.nbytes
+        made["shift_labels"] = torch.from_numpy(shifted_BT)
     if "labels" in columns:
-        labels_BT = np.empty_like(targets_BT)
-        labels_BT[:, 0] = IGNORED
-        labels_BT[:, 1:] = targets_BT[:, :-1]
-        # A split document's last target would otherwise land on the next document's first token.
-        np.putmask(labels_BT, batch.positions_BT == 0, IGNORED)
+        labels_BT = plain_labels(shifted_BT, batch.positions_BT)
         made["labels"] = torch.from_numpy(labels_BT)
         COPIED["labels"] += labels_BT.nbytes
+    segments = batch.segment_ids_BT
     if "attention_mask" in columns:
-        made["attention_mask"] = document_mask(made["segment_ids"])
+        made["attention_mask"] = document_mask(torch.from_numpy(segments))
     if "cu_seqlens" in columns or "max_seqlen" in columns:
-        made["cu_seqlens"] = document_bounds(made["segment_ids"])
+        made["cu_seqlens"] = document_bounds(torch.from_numpy(segments))
         made["max_seqlen"] = int(made["cu_seqlens"].diff().max())
     return {name: made[name] for name in columns}
 

@@ -19,8 +19,8 @@ from dh_jax.batch import TopKLogits
 from dh_jax.distillation import losses
 from dh_jax.distillation.losses import CHUNK, KIND, MIX, Kind, Mix, TeacherHead
 from dh_jax.functions import Head
-from dh_torch_bridge.data import IGNORED
 from dh_torch_bridge.exchange import to_jax, to_torch, tree_to_jax
+from dh_torch_bridge.labels import IGNORED
 
 __all__ = ["Kind", "Mix", "TeacherHead", "TopKLogits", "loss_from_hidden", "loss_from_logits"]
 

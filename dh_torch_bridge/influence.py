@@ -31,9 +31,10 @@ from dh_jax.batch import Batch
 from dh_jax.errors import ConfigError
 from dh_jax.functions import Params, TappedLayer
 from dh_jax.influence.objective import Objective, Taps
-from dh_torch_bridge.data import IGNORED, TorchBatch
+from dh_torch_bridge.data import TorchBatch
 from dh_torch_bridge.distributed.named import plain_name
 from dh_torch_bridge.exchange import to_jax
+from dh_torch_bridge.labels import IGNORED
 from dh_torch_bridge.losses import token_losses
 
 TorchLoss: TypeAlias = Callable[[nn.Module, TorchBatch], torch.Tensor]  # unreduced, [B, T]

@@ -7,7 +7,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 
-from dh_torch_bridge.data import IGNORED, TorchBatch, document_mask
+from dh_torch_bridge.data import TorchBatch, document_mask
+from dh_torch_bridge.labels import IGNORED
 
 
 def token_losses(model: nn.Module, batch: TorchBatch) -> torch.Tensor:

@@ -18,8 +18,9 @@ from dh_jax.influence import optimizer as house
 from dh_jax.influence.calculator import DataInfCalculator
 from dh_jax.influence.optimizer import GRADIENTS, InfluenceState, Reweighting
 from dh_jax.mixing.policy import SAMPLED, Policy
-from dh_torch_bridge.data import IGNORED, TorchBatch, TorchLoader
+from dh_torch_bridge.data import TorchBatch, TorchLoader
 from dh_torch_bridge.influence import TorchLoss, fill_twin, torch_objective, torch_params
+from dh_torch_bridge.labels import IGNORED
 from dh_torch_bridge.losses import token_losses
 
 Draw = Callable[[str], Mapping[str, Batch]]  # "train" or "probe" -> rows by source or probe

@@ -24,6 +24,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -34,6 +35,7 @@ from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.errors import ConfigError, DataError, UserError
 from dh_jax.influence.optimizer import Reweighting
 from dh_jax.models.pretrained import find_folder
+from dh_jax.progress import TrainProgress
 from dh_jax.runconfig import check_training, refuse_other_config, save_config
 from dh_jax.runlog import RunLog
 from dh_torch_bridge.data import TorchBatch, TorchLoader, get_loader
@@ -196,7 +198,11 @@ def train(run: TorchRunConfig) -> None:
             load_steering_state(steered, samplers, restored.host["steering"])
         if first:
             save_config(folder, run)
-            log = RunLog(folder, step=done or None)
+            console = Console()
+            if done:
+                console.print(f"goes on behind step {done}")
+            progress = closing.enter_context(TrainProgress(training.steps, console, "training"))
+            log = RunLog(folder, step=done or None, listeners=(progress,))
             closing.callback(log.close)
         for step in range(done + 1, training.steps + 1):
             batch = {name: tensor.to(device) for name, tensor in next(loader).items()}
@@ -216,6 +222,10 @@ def train(run: TorchRunConfig) -> None:
                     checkpoints, step, model, optimizer, loader, schedule,
                     tokens=tokens, steering=steering_state(steered, samplers),
                 )  # fmt: skip
+    if first:
+        Console(soft_wrap=True).print(
+            f"finished at step {training.steps}; {folder} holds metrics.jsonl and checkpoints"
+        )
 
 
 def move_record(move: Reweighting, loader: TorchLoader) -> dict[str, Any]:

@@ -26,6 +26,7 @@ FLOORS = {
     "dh_jax.distillation_schema": 1,
     "dh_jax.distributed_schema": 1,
     "dh_jax.errors": 1,
+    "dh_jax.extras": 1,
     "dh_jax.rules": 1,
     "dh_jax.schema": 1,
     "dh_jax.data": 2,

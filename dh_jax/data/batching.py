@@ -31,7 +31,11 @@ class MixedRow(NamedTuple):
 
 
 def assemble(
-    rows: Sequence[MixedRow], batch_size: int, row_length: int, max_segments: int
+    rows: Sequence[MixedRow],
+    batch_size: int,
+    row_length: int,
+    max_segments: int,
+    unlearnt: int | None = None,
 ) -> tuple[Batch, Origins]:
     """Materialise rows as arrays of B rows, T tokens and at most S segments.
 
@@ -44,11 +48,15 @@ def assemble(
         batch_size: B.
         row_length: T.
         max_segments: S, the static bound on segments of a row.
+        unlearnt: targets are int64 and this number where nothing is learnt, as torch's losses
+            take them; None: int32, there the next token or 0.
 
     Returns:
         A NumPy `Batch` (no teacher) and the `Origins` of its segments.
     """
-    grid = np.empty((4, batch_size, row_length), np.int32)
+    grid = np.empty((3, batch_size, row_length), np.int32)
+    targets = np.empty((batch_size, row_length), np.int32 if unlearnt is None else np.int64)
+    padding = 0 if unlearnt is None else unlearnt
     mask = np.empty((batch_size, row_length), np.bool_)
     ids = np.zeros((batch_size, max_segments), np.uint64)
     offsets = np.zeros((batch_size, max_segments), np.int64)
@@ -62,13 +70,15 @@ def assemble(
     for packed, places in by_window.values():
         window = packed.window
         _fill(
-            grid, mask, ids, offsets, lengths, np.array(places), packed.pieces_P6,
+            grid, targets, mask, ids, offsets, lengths, np.array(places), packed.pieces_P6,
             packed.splits_R1, window.ids_D, window.shards.addresses_S2, window.shards.width,
+            padding, unlearnt is not None,
         )  # fmt: skip
     grid[:, len(rows) :] = 0
+    targets[len(rows) :] = padding
     mask[len(rows) :] = False
     return (
-        Batch(grid[0], grid[1], mask, grid[2], grid[3], sources),
+        Batch(grid[0], targets, mask, grid[1], grid[2], sources),
         Origins(ids, offsets, lengths),
     )
 
@@ -96,10 +106,11 @@ _pointer: Any = intrinsic(_cast)
 
 @numba.njit(cache=True, nogil=True)
 def _fill(  # type: ignore[no-untyped-def]
-    grid_4BT, mask_BT, ids_BS, offsets_BS, lengths_BS, places_N2, pieces_P6, splits_R1, ids_D,
-    addresses_S2, width,
+    grid_3BT, targets_BT, mask_BT, ids_BS, offsets_BS, lengths_BS, places_N2, pieces_P6,
+    splits_R1, ids_D, addresses_S2, width, padding, only_learnt,
 ):  # fmt: skip
-    """Write some rows of one window; ``width`` is the bytes of a token."""
+    """Write some rows of one window; ``width`` is the bytes of a token. ``padding`` is the target
+    where there is none, and with ``only_learnt`` where it is not learnt."""
     row_length = mask_BT.shape[1]
     for n in range(places_N2.shape[0]):
         b, r = places_N2[n]
@@ -109,22 +120,24 @@ def _fill(  # type: ignore[no-untyped-def]
             start, length = pieces_P6[p, START], pieces_P6[p, LENGTH]
             targets = length if pieces_P6[p, GOES_ON] else length - 1
             base = addresses_S2[pieces_P6[p, SHARD], 0] + start * width
+            tokens_n = grid_3BT[0, b, column : column + length]
+            targets_n = targets_BT[b, column : column + length]
             if width == 2:
                 u16_n = numba.carray(_pointer(base), length + 1, np.uint16)
-                _copy(u16_n, grid_4BT[0, b, column:], grid_4BT[1, b, column:], length, targets)
+                _copy(u16_n, tokens_n, targets_n, targets)
             elif width == 4:
                 u32_n = numba.carray(_pointer(base), length + 1, np.uint32)
-                _copy(u32_n, grid_4BT[0, b, column:], grid_4BT[1, b, column:], length, targets)
+                _copy(u32_n, tokens_n, targets_n, targets)
             elif width == 1:
                 u8_n = numba.carray(_pointer(base), length + 1, np.uint8)
-                _copy(u8_n, grid_4BT[0, b, column:], grid_4BT[1, b, column:], length, targets)
+                _copy(u8_n, tokens_n, targets_n, targets)
             else:
                 u64_n = numba.carray(_pointer(base), length + 1, np.uint64)
-                _copy(u64_n, grid_4BT[0, b, column:], grid_4BT[1, b, column:], length, targets)
+                _copy(u64_n, tokens_n, targets_n, targets)
             segment = p - first
             # Slices, since indices known not to be negative let the loop be vectorised.
-            segments_n = grid_4BT[2, b, column : column + length]
-            positions_n = grid_4BT[3, b, column : column + length]
+            segments_n = grid_3BT[1, b, column : column + length]
+            positions_n = grid_3BT[2, b, column : column + length]
             for i in range(length):
                 segments_n[i] = segment + 1
                 positions_n[i] = i
@@ -132,28 +145,33 @@ def _fill(  # type: ignore[no-untyped-def]
             if learnt:
                 mask_n = numba.carray(_pointer(learnt + start), length + 1, np.bool_)
                 mask_BT[b, column : column + targets] = mask_n[1 : targets + 1]
+                if only_learnt:
+                    for i in range(targets):
+                        if not mask_n[i + 1]:
+                            targets_n[i] = padding
             else:
                 mask_BT[b, column : column + targets] = True
             if targets < length:
+                targets_n[targets] = padding
                 mask_BT[b, column + targets] = False
             ids_BS[b, segment] = ids_D[pieces_P6[p, DOCUMENT]]
             offsets_BS[b, segment] = pieces_P6[p, OFFSET]
             lengths_BS[b, segment] = length
             column += length
         for i in range(column, row_length):
-            for plane in range(4):
-                grid_4BT[plane, b, i] = 0
+            for plane in range(3):
+                grid_3BT[plane, b, i] = 0
+            targets_BT[b, i] = padding
             mask_BT[b, i] = False
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
-def _copy(source_n, tokens_n, targets_n, length, targets):  # type: ignore[no-untyped-def]
+def _copy(source_n, tokens_n, targets_n, targets):  # type: ignore[no-untyped-def]
     for i in range(targets):
         tokens_n[i] = source_n[i]
         targets_n[i] = source_n[i + 1]
-    if targets < length:
+    if targets < len(tokens_n):  # a document's last token, which has no target
         tokens_n[targets] = source_n[targets]
-        targets_n[targets] = 0
 
 
 @numba.njit(cache=True, nogil=True)

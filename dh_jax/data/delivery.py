@@ -53,11 +53,13 @@ class Loader:
         prefetch: int,
         identity: Mapping[str, Any],
         join: Join | None = None,
+        unlearnt: int | None = None,
     ):
         self.config, self.tokenizer, self.batch_size = config, tokenizer, batch_size
         self.row_length = config.max_length
         self._mixture, self._drawn, self._shard = mixture, drawn, shard
         self._prefetch, self._identity, self._join = prefetch, identity, join
+        self._unlearnt = unlearnt
         self._worker = ThreadPoolExecutor(1, "dh-loader") if prefetch else None
         self._ahead: deque[Future[_Made | None]] = deque()
         self._delivered = mixture.snapshot()
@@ -101,6 +103,7 @@ class Loader:
             size,
             self.row_length,
             self.config.packing.max_segments,
+            self._unlearnt,
         )
         if self._join is not None:
             batch = self._join(batch, origins)

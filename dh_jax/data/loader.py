@@ -48,6 +48,7 @@ def get_loader(
     repeat: bool | None = None,
     prefetch: int | None = None,
     join: Join | None = None,
+    unlearnt: int | None = None,
 ) -> Loader:
     """Batches of a data config: packed, mixed, resumable, with weights that may change.
 
@@ -65,6 +66,8 @@ def get_loader(
         prefetch: batches made ahead by a background thread; default ``config.prefetch``.
         join: ``(batch, origins) -> batch``, for every batch that is made; `CachedTeacher.join`
             gives batches their teacher.
+        unlearnt: targets are int64, and this number where nothing is learnt, as torch's losses
+            take them; default: int32.
 
     Raises:
         ConfigError: the config or an argument is wrong.
@@ -147,6 +150,7 @@ def get_loader(
             "sources": {n: _fingerprint(*source, config, wrapper) for n, source in chosen.items()},
         },
         join=join,
+        unlearnt=unlearnt,
     )
 
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from dh_jax.config import NearDuplicateConfig
 from dh_jax.data.ngrams import BASE, hash_ngrams, hash_words, words_of
 from dh_jax.errors import ConfigError
+from dh_jax.extras import install_command
 
 SEED = 1
 RECALL = 0.95  # of pairs exactly at the threshold
@@ -141,7 +142,7 @@ def _rensa() -> Any:
         import rensa
     except ImportError as error:
         raise ConfigError(
-            "near-duplicates need the package rensa; pip install 'data-handler[dedup]', or set "
+            f"near-duplicates need the package rensa; {install_command('dedup')}, or set "
             "data.prepare.near_duplicates.action=ignore"
         ) from error
     return rensa

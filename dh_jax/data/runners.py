@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 from dh_jax.data.piecework import Job
 from dh_jax.errors import ConfigError, DataError, UserError
+from dh_jax.extras import install_command
 
 Work = Callable[[Job, Any], Any]
 
@@ -131,7 +132,7 @@ def _ray(job: Job) -> Iterator[Runner]:
         import ray.data
     except ImportError as error:
         raise ConfigError(
-            "prepare.backend=ray needs Ray Data; pip install 'data-handler[ray]', or set "
+            f"prepare.backend=ray needs Ray Data; {install_command('ray')}, or set "
             "data.prepare.backend=local"
         ) from error
     ours = not ray.is_initialized()

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 from dh_jax.config import FilesSource, RetryConfig
 from dh_jax.data.retry import NetworkFault, patiently
 from dh_jax.errors import ConfigError, DataError
+from dh_jax.extras import install_command
 
 LOCAL_BLOCK = 1 << 18  # bytes of a local file read at once
 REMOTE_BLOCK = 1 << 22  # and of a remote one, at most: a request's latency should not show
@@ -152,7 +153,7 @@ def _file_system(url: str, storage: Storage) -> tuple[Any, str]:
         fs, path = fsspec.core.url_to_fs(url, **options)
     except (ImportError, ValueError) as error:  # the package or the protocol is unknown
         extra = EXTRAS.get(url.partition("://")[0])
-        cure = f"; pip install 'data-handler[{extra}]'" if extra else ""
+        cure = f"; {install_command(extra)}" if extra else ""
         said = " ".join(str(error).split())
         raise ConfigError(f"{url} cannot be opened: {said}{cure}") from error
     return fs, path

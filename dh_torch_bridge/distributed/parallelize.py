@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dh_jax.config import DistributedConfig
 from dh_jax.errors import ConfigError
-from dh_torch_bridge.data import IGNORED, TorchBatch
+from dh_torch_bridge.data import TorchBatch
 from dh_torch_bridge.distributed.fsdp2 import recompute_blocks, shard_blocks
 from dh_torch_bridge.distributed.gradients import clip_gradients
 from dh_torch_bridge.distributed.mesh import (
@@ -36,6 +36,7 @@ from dh_torch_bridge.distributed.pipeline import (
     microbatches_of,
 )
 from dh_torch_bridge.distributed.weights import give_weights, take_weights, tied_names
+from dh_torch_bridge.labels import IGNORED
 from dh_torch_bridge.losses import token_losses
 
 

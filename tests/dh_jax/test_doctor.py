@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from dh_jax import cli, doctor
 from dh_jax.config import list_configs
+from dh_jax.extras import install_command
 from dh_jax.shell_words import completion_script, words
 
 
@@ -28,14 +29,14 @@ def test_doctor_names_what_an_extra_lacks_with_the_command(
     assert cli.main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["extras"]["s3"] == {
-        "missing": ["s3fs"], "install": "pip install 'data-handler[s3]'"
+        "missing": ["s3fs"], "install": install_command("s3")
     }  # fmt: skip
     assert "dev" not in found["extras"] and not found["problems"]
     assert found["devices"] == ["cpu: cpu"] or found["devices"]
     assert 0 < found["memory"]["available"] <= found["memory"]["total"]
     assert found["hub"]["answer"].startswith("not reached")
     assert cli.main(["doctor"]) == 0
-    assert "pip install 'data-handler[s3]'" in capsys.readouterr().out
+    assert f"s3fs: {install_command('s3')}" in capsys.readouterr().out
 
 
 def test_doctor_finds_a_missing_library_and_an_address_that_leads_nowhere(

@@ -17,8 +17,9 @@ from dh_jax.batch import Batch  # noqa: E402
 from dh_jax.data.loader import get_loader  # noqa: E402
 from dh_jax.errors import ConfigError  # noqa: E402
 from dh_torch_bridge.copies import COPIED  # noqa: E402
-from dh_torch_bridge.data import IGNORED, as_torch  # noqa: E402
+from dh_torch_bridge.data import as_torch  # noqa: E402
 from dh_torch_bridge.data import get_loader as get_torch_loader  # noqa: E402
+from dh_torch_bridge.labels import IGNORED  # noqa: E402
 
 
 def test_rows_are_those_of_the_jax_loader(make_config: Any, store: Path) -> None:
@@ -68,6 +69,8 @@ def test_all_but_labels_share_memory_with_the_batch() -> None:
     ):
         assert tensors[name].data_ptr() == array.ctypes.data
     assert tensors["labels"].dtype == tensors["shift_labels"].dtype == torch.int64
+    wide = batch._replace(targets_BT=grid.astype(np.int64))  # as the bridge asks the loader for
+    assert as_torch(wide)["shift_labels"].data_ptr() == wide.targets_BT.ctypes.data
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -128,7 +131,12 @@ def test_nothing_is_copied_but_labels(make_config: Any, store: Path) -> None:
     with get_torch_loader(make_config(store=str(store)), batch_size=4, pin_memory=False) as loader:
         before = COPIED.copy()
         batch = next(loader)
-        assert COPIED - before == {"labels": 2 * batch["labels"].nbytes}
+        assert COPIED - before == {"labels": batch["labels"].nbytes}
+    wanted = ["input_ids", "shift_labels", "position_ids"]
+    with get_torch_loader(make_config(store=str(store)), batch_size=4, columns=wanted) as loader:
+        before = COPIED.copy()
+        next(loader)
+        assert not COPIED - before
 
 
 def test_a_dataloader_for_trainers_that_insist_on_one(make_config: Any, store: Path) -> None:

@@ -20,8 +20,8 @@ from dh_jax.errors import ConfigError  # noqa: E402
 from dh_jax.functions import Head  # noqa: E402
 from dh_torch_bridge import distillation as ours  # noqa: E402
 from dh_torch_bridge.copies import COPIED  # noqa: E402
-from dh_torch_bridge.data import IGNORED  # noqa: E402
 from dh_torch_bridge.exchange import to_jax, to_torch  # noqa: E402
+from dh_torch_bridge.labels import IGNORED  # noqa: E402
 from dh_torch_bridge.teacher import wrap_torch_teacher  # noqa: E402
 from dh_torch_bridge.train import build_llama  # noqa: E402
 

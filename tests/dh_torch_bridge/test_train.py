@@ -21,7 +21,8 @@ from dh_jax.config import config_folder as folder_of_configs  # noqa: E402
 from dh_jax.errors import ConfigError  # noqa: E402
 from dh_jax.models import decoder  # noqa: E402
 from dh_jax.step import make_schedule  # noqa: E402
-from dh_torch_bridge.data import IGNORED, get_loader  # noqa: E402
+from dh_torch_bridge.data import get_loader  # noqa: E402
+from dh_torch_bridge.labels import IGNORED  # noqa: E402
 from dh_torch_bridge.losses import token_losses  # noqa: E402
 from dh_torch_bridge.train import build_llama, main, make_optimizer  # noqa: E402
 from tests.dh_torch_bridge.launch import torchrun, written  # noqa: E402

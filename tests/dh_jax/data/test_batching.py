@@ -86,6 +86,14 @@ def test_a_batch_says_of_every_token_what_its_document_says(
     assert batch.source_ids_B.tolist() == [3] * len(rows) + [-1]
     assert not batch.segment_ids_BT[-1].any()
     assert [trained_tokens(r) for r in rows] == batch.loss_mask_BT[:-1].sum(1).tolist()
+    other, same = assemble([MixedRow(3, r) for r in rows], len(rows) + 1, ROW, SEGMENTS, -100)
+    assert other.targets_BT.dtype == np.int64
+    expected = np.where(batch.loss_mask_BT, batch.targets_BT, -100)
+    np.testing.assert_array_equal(other.targets_BT, expected)
+    for a, b in zip(
+        (*batch[:1], *batch[2:6], *origins), (*other[:1], *other[2:6], *same), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_types_and_shapes_are_those_of_the_legend() -> None:

@@ -1,0 +1,45 @@
+"""What commands say while they work: lines in a log, a bar in a terminal."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from dh_jax import progress
+from dh_jax.progress import InfluenceProgress, TrainProgress
+
+
+def trained(step: int, loss: float) -> dict[str, Any]:
+    return {"kind": "train", "step": step, "loss": loss, "tokens": 100 * step}
+
+
+def test_a_log_gets_lines_and_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = io.StringIO()
+    monkeypatch.setattr(progress, "PAUSE", 0.0)
+    with TrainProgress(20, Console(file=log, width=100)) as told:
+        told(trained(1, 5.5))
+        told({"kind": "eval", "step": 10, "domains": {"code": {"bits_per_byte": 1.25}}})
+        told(trained(20, 4.25))
+    first, early, judged, last = log.getvalue().splitlines()
+    assert (first, early) == ("compiling", "loss 5.500  1 of 20")
+    assert judged == "step     10  bits/byte  code 1.250"
+    assert last.startswith("loss 4.250  ") and last.endswith(" tok/s  20 of 20")
+
+
+def test_lines_of_one_step_keep_their_distance() -> None:
+    log = io.StringIO()
+    with InfluenceProgress(Console(file=log, width=100)) as told:
+        told("fitting", 0, None)
+        for done in range(0, 100, 10):
+            told("scoring", done, 100)
+    assert log.getvalue().splitlines() == ["reading", "fitting", "scoring"]
+
+
+def test_a_terminal_gets_a_bar() -> None:
+    screen = io.StringIO()
+    with TrainProgress(20, Console(file=screen, width=100, force_terminal=True)) as told:
+        told(trained(20, 4.25))
+    assert "━" in screen.getvalue() and "20/20" in screen.getvalue()
