@@ -32,7 +32,7 @@ FOLDER = Path(".bench") / "smollm2"
 WINDOW, N, K, WRONG, SEEDS = 16, 300, 100, 0.2, 3
 PROMPT, WORDS = "\n\nIs this English or Python? It is", (" English", " Python")
 ADAPTERS = LoraConfig(rank=4, alpha=8.0, targets="query|value")
-EPOCHS, ROWS, RATE = 3, 20, 1e-3
+EPOCHS, ROWS, RATE = 2, 10, 1e-3
 
 
 class Texts:
