@@ -108,7 +108,8 @@ def finished(config: RunConfig) -> dict[str, Any] | None:
         refuse_other_config(folder, config)
     path = folder / "run.json"
     facts: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return facts if facts.get("status") == "finished" else None
+    saved = folder / "checkpoints" / str(facts.get("step"))  # not one that somebody took away
+    return facts if facts.get("status") == "finished" and saved.exists() else None
 
 
 def open_run(config: RunConfig, closing: ExitStack) -> Run:

@@ -26,7 +26,13 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from dh_jax.compose import compose
 from dh_jax.config import ModelConfig, TorchRunConfig, TrainingConfig, validate_model
@@ -93,23 +99,36 @@ def build_llama(config: ModelConfig, vocab_size: int) -> LlamaForCausalLM:
     )
 
 
-def build_model(config: ModelConfig, vocab_size: int) -> PreTrainedModel:
+def build_model(config: ModelConfig, vocab_size: int, *, empty: bool = False) -> PreTrainedModel:
     """The model of a config: Hugging Face's own from a folder, or a plain Llama made new.
+
+    Args:
+        config: its shape, or the folder.
+        vocab_size: ids of the data's tokenizer.
+        empty: without numbers, on the meta device, for ranks that are given them.
 
     Raises:
         ConfigError: the folder is none, its vocabulary is below the tokenizer's, or as
             `build_llama`.
     """
     if config.pretrained is None:
-        return build_llama(config, vocab_size)
+        with torch.device("meta" if empty else "cpu"):
+            return build_llama(config, vocab_size)
     folder = find_folder(config.pretrained)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa", use_cache=False
-    )
-    if model.config.vocab_size < vocab_size:
+    described = AutoConfig.from_pretrained(folder, use_cache=False)
+    if described.vocab_size < vocab_size:
         raise ConfigError(
-            f"{folder} has {model.config.vocab_size} ids and the data's tokenizer {vocab_size}; "
+            f"{folder} has {described.vocab_size} ids and the data's tokenizer {vocab_size}; "
             f"set data.tokenizer to that of the model"
+        )
+    if empty:  # `from_pretrained` refuses the meta device
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                described, dtype=torch.float32, attn_implementation="sdpa"
+            )
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, config=described, dtype=torch.float32, attn_implementation="sdpa"
         )
     return cast(PreTrainedModel, model)
 
@@ -168,8 +187,7 @@ def train(run: TorchRunConfig) -> None:
     torch.manual_seed(training.seed)
     first = mesh is None or dist.get_rank() == 0
     built = partial(build_model, run.model, vocab_size)
-    with torch.device("cpu" if first else "meta"):  # the others are given rank 0's numbers
-        whole = built()
+    whole = built(empty=not first)  # the others are given rank 0's numbers
     model = parallelize(
         whole, run.distributed, mesh,
         autocast=torch.bfloat16 if run.model.dtype == "bfloat16" else None,

@@ -16,8 +16,16 @@ from omegaconf import OmegaConf
 
 torch = pytest.importorskip("torch")
 
-from dh_jax.config import ModelConfig, TrainingConfig, list_configs, typed  # noqa: E402
+from dh_jax.compose import compose  # noqa: E402
+from dh_jax.config import (  # noqa: E402
+    ModelConfig,
+    TorchRunConfig,
+    TrainingConfig,
+    list_configs,
+    typed,
+)
 from dh_jax.config import config_folder as folder_of_configs  # noqa: E402
+from dh_jax.data.tokenization import TokenizerWrapper  # noqa: E402
 from dh_jax.errors import ConfigError  # noqa: E402
 from dh_jax.models import decoder  # noqa: E402
 from dh_jax.step import make_schedule  # noqa: E402
@@ -162,11 +170,15 @@ def test_two_ranks_read_and_train_as_one_process_does(
     tmp_path: Path,
 ) -> None:
     assert alone[-1]["loss"] < alone[0]["loss"] - 0.1  # it learns, so equality says something
+    run = compose("torch_train", TorchRunConfig, overrides)
+    torch.manual_seed(run.training.seed)
+    vocab_size = TokenizerWrapper.load(run.data.tokenizer).vocab_size
+    build_llama(run.model, vocab_size).save_pretrained(tmp_path / "start")
     done = torchrun(str(HERE / "ranks.py"), str(tmp_path), *overrides)
     assert done.returncode == 0, done.stderr
     with get_loader(make_config(store=str(store)), batch_size=8) as loader:
         rows = torch.stack([next(loader)["input_ids"] for _ in range(5)])
-    for name in ("ddp", "fsdp2", "tp"):
+    for name in ("ddp", "fsdp2", "tp", "pretrained"):
         first, second = (torch.load(tmp_path / f"{name}-rank{r}.pt") for r in (0, 1))
         if name == "tp":  # both are one data-parallel rank
             assert torch.equal(first, rows) and torch.equal(second, rows)
