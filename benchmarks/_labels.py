@@ -81,6 +81,14 @@ def fitted(loss: Any, params: Any, batches: list[Batch]) -> Any:
     return params
 
 
+def cut(batch: Batch) -> list[Batch]:
+    """Batches of a few rows: gradients of a batch's documents are made at once."""
+    return [
+        jax.tree.map(lambda x, i=i: x[i : i + ROWS], batch)
+        for i in range(0, len(batch.tokens_BT), ROWS)
+    ]
+
+
 def auc(score_N: np.ndarray, wrong_N: np.ndarray) -> float:
     """How often a wrong label scores above a right one."""
     above = score_N[wrong_N][:, None] > score_N[~wrong_N]
@@ -110,7 +118,7 @@ def main() -> None:
     model = load_pretrained(FOLDER, ModelConfig(dtype="float32", scan_layers=True))
     graph, _ = lora.adapt(model.graph, model.params, ADAPTERS, jax.random.key(1))
     loss = lora.loss_fn(graph, model.params)
-    scope, key = Scope(chunk=20), jax.random.key(0)
+    scope, key = Scope(chunk=ROWS), jax.random.key(0)
     objective = Objective(loss)
     estimators = {
         "gradient dot": gradient_dot(objective, scope),
@@ -135,10 +143,10 @@ def main() -> None:
         print(f"seed {seed}: {losses_K.mean():.3f} nats a clean query", flush=True)
         each = {"plain loss": losses_N}
         for name, estimator in estimators.items():
-            state = estimator.fit(params, [train], key)
-            scores = score(estimator, params, state, [queries], [train], key)
+            state = estimator.fit(params, cut(train), key)
+            scores = score(estimator, params, state, cut(queries), cut(train), key)
             each[name] = scores.values_KN.mean(axis=0)
-        g, v = (gather_gradients(gradients, scope, params, [x], key) for x in (train, queries))
+        g, v = (gather_gradients(gradients, scope, params, cut(x), key) for x in (train, queries))
         each["DataInf, the formula by a loop"] = reference(
             jax.tree.map(np.asarray, g), jax.tree.map(np.asarray, v)
         )
