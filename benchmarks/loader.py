@@ -23,8 +23,8 @@ from dh_jax.data.mixing import MixedDataset
 from dh_jax.data.packing import PackedDataset, TokenShard, Window, pack
 from dh_jax.data.permutation import permuted
 from dh_jax.data.prepare import pipeline_fingerprint
-from dh_jax.data.shards import SCHEMA, write_shard
 from dh_jax.data.store import StoredDocuments, manifest_checksum
+from dh_jax.data.stores.shards import SCHEMA, write_shard
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.data.windows import StoreWindows
 

@@ -55,7 +55,7 @@ def texts_of(folder: Path) -> list[str]:
 def bare(folder: Path) -> int:
     import numpy as np
 
-    from dh_jax.data.tokenizer_files import read_tokenizer
+    from dh_jax.data.text.tokenizer_files import read_tokenizer
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads would cost CPU-seconds
     backend = read_tokenizer(TOKENIZER).backend
@@ -94,7 +94,7 @@ def hf(folder: Path, processes: int) -> int:
     import datasets
     from transformers import PreTrainedTokenizerFast
 
-    from dh_jax.data.tokenizer_files import read_tokenizer
+    from dh_jax.data.text.tokenizer_files import read_tokenizer
 
     datasets.disable_progress_bars()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=read_tokenizer(TOKENIZER).backend)

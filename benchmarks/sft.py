@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 
 from dh_jax.config import ConversationConfig, DataConfig, SourceConfig, TextConfig
-from dh_jax.data.chat import learn_frame, render_conversation
-from dh_jax.data.conversations import Message, parse_conversation, read_conversation
-from dh_jax.data.encoding import make_encoder
-from dh_jax.data.records import Fault
+from dh_jax.data.reading.records import Fault
 from dh_jax.data.sources import Document, document_id
+from dh_jax.data.text.chat import learn_frame, render_conversation
+from dh_jax.data.text.conversations import Message, parse_conversation, read_conversation
+from dh_jax.data.text.encoding import make_encoder
 from dh_jax.data.tokenization import TokenizerWrapper
 from tests import sharegpt
-from tests.dh_jax.data.chat_cases import CASES, oracle
+from tests.dh_jax.data.text.chat_cases import CASES, oracle
 
 
 def cpu_seconds() -> float:

@@ -20,7 +20,7 @@ import numpy as np
 from moto.server import ThreadedMotoServer
 
 from dh_jax.config import FilesSource, SplitConfig
-from dh_jax.data import storage
+from dh_jax.data.reading import storage
 from dh_jax.data.sources import DocumentSource
 
 SHARDS, DOCUMENTS, BYTES = 512, 400, 1000

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dh_jax.config import ModelConfig
+from dh_jax.data.text.tokenizer_files import PYPI_PREFIX
 from dh_jax.data.tokenization import TokenizerWrapper
-from dh_jax.data.tokenizer_files import PYPI_PREFIX
 from dh_jax.distributed.checkpoint import read_arrays
 from dh_jax.errors import ConfigError, DataError
 from dh_jax.models import decoder, lora

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dh_jax.data.storage import EXTRAS
+from dh_jax.data.reading.storage import EXTRAS
 from dh_jax.extras import DISTRIBUTION, install_command
 
 SHOWN = ("jax", "jaxlib", "flax", "optax", "grain", "transformers", "torch")

@@ -14,7 +14,7 @@ from dh_jax.attribution.price import price_influence, refuse_too_large
 from dh_jax.attribution.run import Listener, describe, open_influence, score_documents
 from dh_jax.attribution.table import write_table
 from dh_jax.data.seeding import derive
-from dh_jax.data.shards import write_json
+from dh_jax.data.stores.shards import write_json
 
 TABLE, FACTS, PAGE = "scores.parquet", "influence.json", "report.html"
 

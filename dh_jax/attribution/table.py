@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dh_jax.data.shards import replacing
+from dh_jax.data.stores.shards import replacing
 from dh_jax.influence.score_store import Shard
 from dh_jax.inspection.rows import document_name
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dh_jax.data.pieces import START
+from dh_jax.data.reading.pieces import START
 from dh_jax.errors import StateError
 
 NOT_SHARED = ("shard", "epoch")

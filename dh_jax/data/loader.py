@@ -26,7 +26,7 @@ from dh_jax.data.mixing import MixedDataset
 from dh_jax.data.prepare import open_prepared, text_sources
 from dh_jax.data.sources import DocumentSource
 from dh_jax.data.store import StoredDocuments, TokenStore
-from dh_jax.data.token_sources import open_token_source
+from dh_jax.data.stores.token_sources import open_token_source
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.errors import ConfigError
 

@@ -29,13 +29,13 @@ from dh_jax.config import (
     decisive_spec,
     load_data_config,
 )
-from dh_jax.data.deciding import Decision, decide
-from dh_jax.data.piecework import Job, Lot, lots_of, map_lot
-from dh_jax.data.runners import Runner, open_runner
-from dh_jax.data.shards import SCHEMA, explained_disk, write_json
+from dh_jax.data.preparing.deciding import Decision, decide
+from dh_jax.data.preparing.piecework import Job, Lot, lots_of, map_lot
+from dh_jax.data.preparing.runners import Runner, open_runner
+from dh_jax.data.preparing.writing import plan_shards, write_planned
 from dh_jax.data.store import MANIFEST, TokenStore, manifest_checksum, open_store
+from dh_jax.data.stores.shards import SCHEMA, explained_disk, write_json
 from dh_jax.data.tokenization import TokenizerWrapper
-from dh_jax.data.writing import plan_shards, write_planned
 from dh_jax.errors import ConfigError, DataError, StateError
 
 # Of text, below which another process costs more than it brings: starting costs about 5

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import grain
 
 from dh_jax.config import SPLITS, FilesSource, HubSource, SourceConfig, SplitConfig
-from dh_jax.data.conversations import read_conversation
-from dh_jax.data.files import FileShelf
-from dh_jax.data.hub import HubShelf
-from dh_jax.data.pieces import Piece, Shelf, Todo, Turns, deal, redealt, shuffled
-from dh_jax.data.records import REASONS, Fault, Record, needed_columns, render
+from dh_jax.data.reading.files import FileShelf
+from dh_jax.data.reading.hub import HubShelf
+from dh_jax.data.reading.pieces import Piece, Shelf, Todo, Turns, deal, redealt, shuffled
+from dh_jax.data.reading.records import REASONS, Fault, Record, needed_columns, render
+from dh_jax.data.text.conversations import read_conversation
 from dh_jax.errors import ConfigError, DataError, StateError
 
 HELD_OUT = ("probe", "eval")

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from dh_jax.config import SPLITS
 from dh_jax.data.packing import TokenShard
-from dh_jax.data.shards import (
+from dh_jax.data.stores.shards import (
     SCHEMA,
     ShardChecks,
     check_blocks,

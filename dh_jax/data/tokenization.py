@@ -20,16 +20,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from dh_jax.data.offsets import Located, locate, spelt_bytes
-from dh_jax.data.templates import Render, template_renderer
-from dh_jax.data.tokenizer_files import (
+from dh_jax.data.text.offsets import Located, locate, spelt_bytes
+from dh_jax.data.text.templates import Render, template_renderer
+from dh_jax.data.text.tokenizer_files import (
     END_OF_TEXT,
     TokenizerParts,
     parts_of_transformers,
     read_tokenizer,
     with_usual_names,
 )
-from dh_jax.data.vocabulary import (
+from dh_jax.data.text.vocabulary import (
     RoundTrip,
     byte_characters,
     missing_bytes,

@@ -13,13 +13,13 @@ from typing import Any
 import grain
 import numpy as np
 
-from dh_jax.data.encoding import Encoder, join
 from dh_jax.data.packing import Shards, Window
 from dh_jax.data.permutation import permuted
 from dh_jax.data.seeding import derive
-from dh_jax.data.shards import BlockGuard
 from dh_jax.data.sources import Document
 from dh_jax.data.store import StoredDocuments
+from dh_jax.data.stores.shards import BlockGuard
+from dh_jax.data.text.encoding import Encoder, join
 from dh_jax.errors import DataError
 
 

@@ -28,8 +28,8 @@ import grain
 import numpy as np
 
 from dh_jax.batch import Batch, Origins, TopKLogits
-from dh_jax.data.shards import ShardChecks, check_blocks, map_shard
 from dh_jax.data.store import manifest_checksum
+from dh_jax.data.stores.shards import ShardChecks, check_blocks, map_shard
 from dh_jax.distillation.codec import Layout, decode_into, layout
 from dh_jax.errors import DataError, StateError
 

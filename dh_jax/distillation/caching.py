@@ -21,8 +21,8 @@ from dh_jax.batch import Batch, Origins, TopKLogits
 from dh_jax.config import DataConfig, load_data_config
 from dh_jax.data.loader import Loader, get_loader
 from dh_jax.data.seeding import derive
-from dh_jax.data.shards import file_checksum, replacing, write_arrays, write_json
 from dh_jax.data.store import manifest_checksum
+from dh_jax.data.stores.shards import file_checksum, replacing, write_arrays, write_json
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.distillation.cached import (
     BLOCK_ROWS,

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dh_jax.batch import Batch, TopKLogits
-from dh_jax.data.offsets import Located
+from dh_jax.data.text.offsets import Located
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.distillation.losses import CHUNK, TeacherHead
 from dh_jax.distillation.teacher import TeacherWrapper

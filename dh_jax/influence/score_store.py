@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from dh_jax.data.shards import write_json
+from dh_jax.data.stores.shards import write_json
 from dh_jax.errors import DataError, StateError
 from dh_jax.influence.trees import read_tree, write_tree
 

@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 from safetensors import SafetensorError, safe_open
 
-from dh_jax.data.shards import replacing
+from dh_jax.data.stores.shards import replacing
 from dh_jax.distributed.mesh import to_host
 from dh_jax.errors import DataError
 

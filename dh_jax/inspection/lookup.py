@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dh_jax.config import DataConfig, FilesSource, SourceConfig
-from dh_jax.data.encoding import make_encoder
 from dh_jax.data.prepare import open_prepared, text_sources
 from dh_jax.data.sources import Document, DocumentSource, split_of
 from dh_jax.data.store import TokenStore
+from dh_jax.data.text.encoding import make_encoder
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.errors import DataError, UserError
 from dh_jax.inspection.rows import Span, document_name, spans_of

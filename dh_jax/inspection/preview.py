@@ -13,11 +13,11 @@ import numpy.typing as npt
 
 from dh_jax.batch import Batch, Origins
 from dh_jax.config import SPLITS, DataConfig, SourceConfig
-from dh_jax.data.encoding import make_encoder
 from dh_jax.data.loader import get_loader
 from dh_jax.data.prepare import open_prepared
 from dh_jax.data.sources import DocumentSource
 from dh_jax.data.store import TokenStore
+from dh_jax.data.text.encoding import make_encoder
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.errors import ConfigError
 from dh_jax.inspection.rows import DecodedRow, decode_rows

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from dh_jax.config import ModelConfig, suggest
-from dh_jax.data.gguf_tokenizer import read_gguf_metadata
+from dh_jax.data.text.gguf_tokenizer import read_gguf_metadata
+from dh_jax.data.text.tokenizer_files import PYPI_PREFIX, file_in_package
 from dh_jax.data.tokenization import TokenizerWrapper
-from dh_jax.data.tokenizer_files import PYPI_PREFIX, file_in_package
 from dh_jax.errors import ConfigError, DataError
 from dh_jax.models.hf_config import FAMILIES, to_hf
 from dh_jax.models.naming import hf_module

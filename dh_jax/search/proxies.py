@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 
 from dh_jax.config import MixingConfig, RunConfig
-from dh_jax.data.runners import leave_with_parent
+from dh_jax.data.preparing.runners import leave_with_parent
 from dh_jax.data.store import write_json
 from dh_jax.distributed.processes import ENVIRONMENT
 from dh_jax.errors import DataError, UserError

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from dh_jax.config import DataConfig, SourceConfig
-from dh_jax.data.shards import replacing
+from dh_jax.data.stores.shards import replacing
 
 DIGITS = 6
 

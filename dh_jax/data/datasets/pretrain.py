@@ -7,11 +7,11 @@ from functools import partial
 import grain
 
 from dh_jax.config import DataConfig, SourceConfig
-from dh_jax.data.encoding import make_encoder
 from dh_jax.data.packing import PackedDataset, Window, leaves
 from dh_jax.data.seeding import derive
 from dh_jax.data.sources import DocumentSource
 from dh_jax.data.store import StoredDocuments
+from dh_jax.data.text.encoding import make_encoder
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.data.windows import StoreWindows, StreamWindows
 

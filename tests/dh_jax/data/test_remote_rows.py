@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
 
-from dh_jax.data import storage
 from dh_jax.data.loader import get_loader
+from dh_jax.data.reading import storage
 from dh_jax.errors import DataError
 
 QUICK = {"attempts": 2, "first": 0.01, "longest": 0.05}

@@ -21,8 +21,8 @@ from dh_jax.config import DataConfig, load_data_config
 from dh_jax.data.loader import get_loader
 from dh_jax.data.prepare import prepare
 from dh_jax.data.tokenization import TokenizerWrapper
-from tests.dh_jax.data.chat_cases import chat
-from tests.dh_jax.data.test_token_sources import some_documents, write_mds, write_megatron
+from tests.dh_jax.data.stores.test_token_sources import some_documents, write_mds, write_megatron
+from tests.dh_jax.data.text.chat_cases import chat
 from tests.small_data import functions_of
 
 KINDS = (

@@ -14,14 +14,14 @@ import pytest
 
 import dh_jax
 from dh_jax.config import DataConfig, load_data_config
-from dh_jax.data.conversations import Conversation, write_conversation
-from dh_jax.data.encoding import TokenDocument, make_encoder
 from dh_jax.data.prepare import prepare
 from dh_jax.data.sources import Document, document_id
+from dh_jax.data.text.conversations import Conversation, write_conversation
+from dh_jax.data.text.encoding import TokenDocument, make_encoder
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.errors import ConfigError, DataError
 from tests import sharegpt
-from tests.dh_jax.data.chat_cases import CASES, chat, marked, oracle
+from tests.dh_jax.data.text.chat_cases import CASES, chat, marked, oracle
 
 
 def config(path: Path, conversation: Any = "messages", **changes: Any) -> DataConfig:

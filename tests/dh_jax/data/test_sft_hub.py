@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from dh_jax.config import HubSource, load_data_config
-from dh_jax.data.conversations import parse_conversation
 from dh_jax.data.sources import document_id
-from tests.dh_jax.data.test_hub import driver
+from dh_jax.data.text.conversations import parse_conversation
+from tests.dh_jax.data.reading.test_hub import driver
 from tests.hub_datasets import build_smoltalk
 from tests.hub_mirror import serve
 

@@ -10,7 +10,7 @@ import pytest
 
 from dh_jax.data.loader import get_loader
 from dh_jax.errors import ConfigError
-from tests.dh_jax.data.test_token_sources import some_documents, write_mds, write_megatron
+from tests.dh_jax.data.stores.test_token_sources import some_documents, write_mds, write_megatron
 
 
 def config_of(make_config: Any, **sources: dict[str, Any]) -> Any:

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from dh_jax.data.text.vocabulary import byte_characters
 from dh_jax.data.tokenization import TokenizerWrapper, train_bpe
-from dh_jax.data.vocabulary import byte_characters
 from dh_jax.errors import ConfigError, DataError
 from tests.dh_jax.data.tokenizer_cases import (
     ODD_TEXTS,

@@ -62,7 +62,7 @@ def _bytes(tokenizer, ids):
 
 
 def _alphabet():
-    from dh_jax.data.vocabulary import byte_characters
+    from dh_jax.data.text.vocabulary import byte_characters
 
     return byte_characters()
 

@@ -1,0 +1,1 @@
+"""Tokens on disk: guarded shards of our own, and other trainers' files read in place."""

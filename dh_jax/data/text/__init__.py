@@ -1,0 +1,1 @@
+"""Text and conversations -> tokens: vocabularies, offsets, chat templates and their masks."""
