@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import torch
+from rich.console import Console
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -30,6 +31,7 @@ from dh_jax.distributed.mesh import make_mesh
 from dh_jax.errors import ConfigError, UserError
 from dh_jax.functions import Head
 from dh_jax.models.pretrained import find_folder
+from dh_jax.progress import CacheProgress
 from dh_torch_bridge.data import document_mask
 from dh_torch_bridge.exchange import to_jax
 
@@ -151,11 +153,13 @@ def make_cache(config: RunConfig, progress: Progress | None = None) -> CachedTea
 def main(overrides: Sequence[str]) -> int:
     """Compose, write the cache; 0 done, 2 the user's mistake."""
     try:
-        cached = make_cache(compose_run(with_defaults(list(overrides))))
+        with CacheProgress(Console()) as progress:
+            cached = make_cache(compose_run(with_defaults(list(overrides))), progress)
     except UserError as error:
         print(f"dh_torch_bridge.teacher: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print(f"{sum(x['entries'] for x in cached.manifest['shards'])} entries in {cached.folder}")
+    entries = sum(x["entries"] for x in cached.manifest["shards"])
+    print(f"{cached.folder}: {len(cached):,} pieces, {entries:,} tokens")
     return 0
 
 
