@@ -50,6 +50,7 @@ class Bar:
         self._task = self._bar.add_task(step, total=total)
         self._step, self._total = step, total
         self._last = 0.0  # when a line was written
+        self._held: str | None = None  # what has been said since
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -58,6 +59,8 @@ class Bar:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+        if self._held is not None:
+            self._line(self._held)
 
     def begin(self, step: str, total: int | None = None) -> None:
         """Another step, with a clock of its own: one's pace says nothing of the next one's."""
@@ -69,9 +72,10 @@ class Bar:
 
     def show(self, said: str, done: int | None = None) -> None:
         self._bar.update(self._task, description=said, completed=done)
+        of = "" if self._total is None else f" of {self._total:,}"
+        self._held = said if done is None else f"{said}  {done:,}{of}"
         if time.monotonic() - self._last >= PAUSE:
-            of = "" if self._total is None else f" of {self._total:,}"
-            self._line(said if done is None else f"{said}  {done:,}{of}")
+            self._line(self._held)
 
     def note(self, said: str) -> None:
         """A line that stays, above the bar."""
@@ -79,7 +83,7 @@ class Bar:
 
     def _line(self, said: str) -> None:
         if not self._drawn:
-            self._last = time.monotonic()
+            self._last, self._held = time.monotonic(), None
             self.note(said)
 
 
@@ -184,6 +188,7 @@ class CacheProgress(Bar):
             self.note(f"{self._source}: {self._entries:,} tokens")
 
     def __exit__(self, *error: object) -> None:
+        self._held = None  # the line below says the same
         super().__exit__(*error)
         self._tell()
 
