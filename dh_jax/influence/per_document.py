@@ -6,6 +6,7 @@ and weighted sums of the documents' gradients, tensor by tensor, a chunk of rows
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
@@ -24,6 +25,8 @@ from dh_jax.influence.taps import capture, coverage, tapped_paths
 from dh_jax.influence.thin import dense
 
 Tree = TypeVar("Tree")
+
+ROOM = 1 << 28  # bytes that a chunk's gradients may fill where products could do without them
 
 
 class PerDocument(NamedTuple):
@@ -70,6 +73,9 @@ def plain(objective: Objective, scope: Scope) -> PerDocument:
 
     def products(params: Params, vectors: Blocks, rows: Batch, key: jax.Array) -> jax.Array:
         selection = select(params, scope.parameters)
+        if _forms_gradients(vectors, len(rows.tokens_BT), S):
+            each = gradients(params, rows, key)
+            return sum((_inner(g, vectors[p]) for p, g in each.items()), jnp.zeros(()))
         slopes_KBS = documents.document_products(loss, selection, vectors, rows, key, S, reduction)
         return jnp.moveaxis(slopes_KBS, 0, -1)
 
@@ -117,6 +123,15 @@ def plain(objective: Objective, scope: Scope) -> PerDocument:
         ),
         scope,
     )
+
+
+def _forms_gradients(vectors: Blocks, rows: int, segments: int) -> bool:
+    """Whether gradients of a chunk's documents are the shorter way to their products with K
+    vectors: a reverse pass a segment instead of a forward-mode pass a vector, where they fit."""
+    shapes = [v.shape for v in vectors.values()]
+    entries = sum(math.prod(shape[1:]) for shape in shapes)
+    size = 4 * rows * segments * entries
+    return shapes[0][0] > segments and size <= ROOM
 
 
 def tapped(objective: Objective, scope: Scope) -> PerDocument:

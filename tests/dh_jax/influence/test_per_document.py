@@ -151,6 +151,7 @@ def test_norms_products_and_sums_are_those_of_the_gradients(way):
         rng = np.random.default_rng(3)
         K = 2 if way == "plain" else 6  # few vectors go by tokens, many by documents
         vectors = {n: jnp.asarray(rng.normal(size=(K, *x.shape[2:]))) for n, x in g.items()}
+        many = {n: jnp.asarray(rng.normal(size=(S + 1, *x.shape[2:]))) for n, x in g.items()}
         weights = {n: rng.normal(size=(K, *x.shape[:2])) for n, x in g.items()}
         d = door(way, "float64")
 
@@ -160,19 +161,22 @@ def test_norms_products_and_sums_are_those_of_the_gradients(way):
                 d.squares(params, batch, KEY),
                 d.products_each(params, vectors, batch, KEY),
                 d.products(params, vectors, batch, KEY),
+                d.products(params, many, batch, KEY),  # plainly by gradients, not along vectors
                 d.combine(params, weights, batch, KEY),
                 d.sketched(SKETCH, params, batch, KEY),
             )
 
-        squares, each, total, sums, sketches = measured(params)
-        want_total = 0
+        squares, each, total, total_of_many, sums, sketches = measured(params)
+        want_total = want_of_many = 0
         for n, x in g.items():
             np.testing.assert_allclose(squares[n], (x**2).reshape(5, S, -1).sum(-1), atol=1e-10)
             inner = np.tensordot(x, np.moveaxis(vectors[n], 0, -1), axes=x.ndim - 2)
             np.testing.assert_allclose(each[n], inner, atol=1e-10)
             want_total = want_total + inner
+            want_of_many += np.tensordot(x, np.moveaxis(many[n], 0, -1), axes=x.ndim - 2)
             np.testing.assert_allclose(sums[n], np.tensordot(weights[n], x, 2), atol=1e-10)
         np.testing.assert_allclose(total, want_total, atol=1e-10)
+        np.testing.assert_allclose(total_of_many, want_of_many, atol=1e-10)
         np.testing.assert_allclose(sketches, literal_sketch(g), atol=1e-5)  # signs are float32
 
 
