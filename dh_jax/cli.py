@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import logging
 import os
 import sys
 import warnings
@@ -143,6 +144,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    # What the hub's client says goes to its own handler; libraries that set up logging repeat it.
+    logging.getLogger("huggingface_hub").propagate = False
+    # transformers says at its import that torch is missing, which none of these commands needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     told = warnings.formatwarning
     if not options.debug:  # what a user is told names no line of ours
         warnings.formatwarning = lambda message, *_, **__: f"dh {options.command}: {message}\n"
@@ -230,6 +235,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--no-record", action="store_true", help="do not read the source to find its record"
     )
+    sub.add_argument("--whole", action="store_true", help="print all of a long document's text")
     sub.add_argument("--json", action="store_true", help=JSON)
     sub = command(
         "replay", commands.replay, "Show what a run's batch at a step held.", overrides=False

@@ -18,13 +18,15 @@ from typing import Any
 from dh_jax.errors import ConfigError
 
 EXIT_INTERRUPTED = 130
+SHOWN = 4000  # characters of a document that `dh show` prints unasked
 
 
 def train(options: argparse.Namespace) -> int:
     train = module("train")
     run = train.check(module("compose").compose_run(options.overrides))
     if options.dry_run:
-        price = module("pricing").price_run(run)
+        with _console(stderr=True).status("compiling a step to price it"):
+            price = module("pricing").price_run(run)
         if options.json:
             print(module("inspection.rows").to_json(price))
         else:
@@ -63,7 +65,8 @@ def influence(options: argparse.Namespace) -> int:
     config = module("compose").compose("attribution", schema, options.overrides)
     console, looks = _console(stderr=options.json), module("console")
     if options.dry_run:
-        price = module("attribution.price").price_influence(config)
+        with _console(stderr=True).status("compiling a step to price it"):
+            price = module("attribution.price").price_influence(config)
         if options.json:
             print(module("inspection.rows").to_json(price))
         else:
@@ -74,7 +77,10 @@ def influence(options: argparse.Namespace) -> int:
         facts = module("attribution.command").influence(config, listener=progress, command=command)
     if options.json:
         print(json.dumps(facts))
-    console.print(f"{facts['scored']:,} documents scored; {facts['report']} shows them")
+    console.print(
+        f"{facts['scored']:,} pieces of {facts['documents']:,} documents scored; "
+        f"{facts['report']} shows them"
+    )
     return 0
 
 
@@ -153,9 +159,9 @@ def inspect(options: argparse.Namespace) -> int:
 
 
 def show(options: argparse.Namespace) -> int:
-    run = module("compose").compose_run(options.overrides)
     lookup, rows = module("inspection.lookup"), module("inspection.rows")
     document = rows.parse_document(options.document)
+    run = module("compose").compose_run(options.overrides)
     with _console(stderr=True).status("looking for the document") as status:
 
         def progress(source: str, documents: int) -> None:
@@ -167,7 +173,8 @@ def show(options: argparse.Namespace) -> int:
     if options.json:
         print(rows.to_json(found))
     else:
-        module("inspection.terminal").print_found(found, _console())
+        most = None if options.whole else SHOWN
+        module("inspection.terminal").print_found(found, _console(), most)
     return 0
 
 

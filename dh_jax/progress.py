@@ -45,6 +45,7 @@ class Bar:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
+            speed_estimate_period=3600.0,  # a time left also where a step takes minutes
             disable=not self._drawn,
         )
         self._task = self._bar.add_task(step, total=total)
@@ -90,7 +91,7 @@ class Bar:
 class TrainProgress(Bar):
     """A listener of metrics records: loss, tokens/s, weights."""
 
-    def __init__(self, steps: int, console: Console, step: str = "compiling"):
+    def __init__(self, steps: int, console: Console, step: str = "starting"):
         super().__init__(console, step, steps)
         self._before: tuple[float, int] | None = None
         self._rate = 0.0
@@ -112,6 +113,11 @@ class TrainProgress(Bar):
             self._note(step, "teacher", {k: record[k] for k in ("divergence", "agreement")})
         elif kind == "reweight":
             self._note(step, "weights", record["weights"])
+        elif kind == "pace":
+            self.note(
+                f"step {step:>6}  budget     moves have taken {record['spent'] / step:.1%} of the "
+                f"steps' time; the next is due at step {record['due']}"
+            )
 
     def _note(self, step: int, what: str, values: dict[str, float]) -> None:
         said = "  ".join(f"{name} {value:.3f}" for name, value in values.items())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
@@ -66,6 +67,8 @@ from dh_jax.signals import stop_signals
 from dh_jax.steering import by_source, decide_next, move_weights
 from dh_jax.step import make_optimizer, make_schedule, make_step
 
+GENTLE = 1e-3  # the highest learning rate for all weights of a trained model without a warning
+
 
 class Run(NamedTuple):
     """Everything a loop needs, built from a config by `open_run`."""
@@ -92,7 +95,14 @@ def check(config: RunConfig) -> RunConfig:
     """
     check_training(config.training)
     distilling.check_distillation(config)
-    data = load_data_config(config.data)
+    data, rate = load_data_config(config.data), config.training.learning_rate
+    if config.model.pretrained and not config.model.lora.rank and rate > GENTLE:
+        warnings.warn(
+            f"training.learning_rate is {rate:g}, at which a trained model gets worse "
+            f"before it gets better; {GENTLE / 10:g} is usual for all weights, and "
+            "model.lora.rank=8 trains adapters alone",
+            stacklevel=2,
+        )
     mixing = resolve_reference(config.mixing, list(data.sources))
     return dataclasses.replace(config, data=data, mixing=mixing, model=resolve(config.model))
 

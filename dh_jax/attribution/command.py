@@ -50,8 +50,10 @@ def influence(
         opened.sources,
         {key: facts[key] for key in ("model", "coverage", "command")},
     )
-    write_json(folder / FACTS, facts)
     listener("reading the documents to show", 0, None)
     key = jax.random.key(derive(opened.config.seed, "influence"))
-    write_report(folder / PAGE, find(opened, done.store, done.prepared, key), facts)
+    findings = find(opened, done.store, done.prepared, key)
+    facts["documents"] = findings.documents
+    write_json(folder / FACTS, facts)
+    write_report(folder / PAGE, findings, facts)
     return facts

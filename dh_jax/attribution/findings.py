@@ -63,10 +63,11 @@ class Findings(NamedTuple):
     statistics: GroupStatistics  # of helpfulness
     samples: list[dict[str, list[float]]]  # by query, source: helpfulness of some documents
     sections: list[Section]
-    documents: int
+    pieces: int  # scored: whole documents, and parts of those longer than a row
+    documents: int  # they are of
     tokens: int
     seconds: float  # of scoring alone
-    pace: float  # seconds a document, of a typical batch: the first one also compiles
+    pace: float  # seconds a piece, of a typical batch: the first one also compiles
     self_influence: dict[str, float]  # mean by source, where it was asked for
 
 
@@ -78,7 +79,8 @@ def find(opened: Opened, store: ScoreStore, prepared: Prepared, key: jax.Array) 
     ends = Ends(len(shown), opened.config.top)
     groups, own = Groups(len(shown), len(sources)), Groups(1, len(sources))
     values: list[list[list[float]]] = [[[] for _ in sources] for _ in shown]
-    documents = tokens = 0
+    pieces_scored = tokens = 0
+    documents: set[int] = set()
     paces: list[float] = []
     seconds = 0.0
     with_self = False
@@ -94,7 +96,8 @@ def find(opened: Opened, store: ScoreStore, prepared: Prepared, key: jax.Array) 
         if "self_influence" in shard.columns:
             with_self = True
             own.add(shard.columns["self_influence"][None], source_N)
-        documents += len(source_N)
+        pieces_scored += len(source_N)
+        documents.update(shard.columns["document"].tolist())
         tokens += int(shard.columns["tokens"].sum())
         took = float(shard.columns["seconds"][:1].sum())
         seconds += took
@@ -112,7 +115,8 @@ def find(opened: Opened, store: ScoreStore, prepared: Prepared, key: jax.Array) 
         statistics,
         [{s: v for s, v in zip(sources, row, strict=True) if v} for row in values],
         [Section(name, told[k, "helpful"], told[k, "harmful"]) for k, name in enumerate(shown)],
-        documents,
+        pieces_scored,
+        len(documents),
         tokens,
         seconds,
         float(np.median(paces)),

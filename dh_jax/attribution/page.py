@@ -98,7 +98,7 @@ def headline(findings: Findings) -> str:
         top = max(there, key=lambda m: means[m])
         best.setdefault(findings.sources[top], []).append(query)
     said = [f"{source} helps {finding.join(queries)} most" for source, queries in best.items()]
-    return f"Of {findings.documents:,} documents, on average {finding.join(said)}"
+    return f"Of {findings.pieces:,} pieces of text, on average {finding.join(said)}"
 
 
 def notes(findings: Findings, facts: Mapping[str, Any]) -> list[str]:
@@ -106,7 +106,7 @@ def notes(findings: Findings, facts: Mapping[str, Any]) -> list[str]:
     said = []
     if facts["coverage"] < ENOUGH:
         said.append(
-            f"Only {finding.percent(facts['coverage'])} of the parameters are looked at; what "
+            f"Only {finding.percent(facts['coverage'])} of the parameters are measured; what "
             "the others would say is not known."
         )
         if facts["config"]["model"]["tied"] and facts["config"]["estimator"]["taps"]:
@@ -144,7 +144,7 @@ def drawing(findings: Findings, k: int) -> Drawing:
     groups = {name: (styles[name], values) for name, values in findings.samples[k].items()}
     query = findings.queries[k]
     title = f"Helpfulness for {query}"
-    caption = "Every tick is a document, the diamond is the source's mean. Right of 0 helps."
+    caption = "Every tick is a piece of text, the diamond is the source's mean. Right of 0 helps."
     wide, narrow = (
         viz.to_svg(
             viz.strips(groups, width, unit="helpfulness (minus the score)"),

@@ -155,7 +155,8 @@ def open_store(
         manifest = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError:
         raise DataError(
-            f"no prepared store at {folder}; run `dh prepare`, or set data.store=null to stream"
+            f"no prepared store at {folder}; run `dh prepare data=...`, or set data.store=null to "
+            "stream"
         ) from None
     except ValueError as error:  # not JSON, or not UTF-8
         raise DataError(f"{folder / MANIFEST} is not JSON ({error}); prepare again") from None

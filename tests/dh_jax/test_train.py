@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,14 +14,24 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from omegaconf import OmegaConf
 
-from dh_jax.config import InfluenceConfig, MixingConfig, ModelConfig, RunConfig, TrainingConfig
+from dh_jax.config import (
+    InfluenceConfig,
+    LoraConfig,
+    MixingConfig,
+    ModelConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from dh_jax.errors import ConfigError, StateError
-from dh_jax.train import train
+from dh_jax.models import decoder
+from dh_jax.models.pretrained import save_pretrained
+from dh_jax.train import check, train
 
 STEPS = 20
 
@@ -189,4 +200,26 @@ def test_resuming_with_other_values_that_matter_is_refused(
         train(config())
     with pytest.raises(StateError, match=r"mixing\.policy"):
         train(config(mixing=MixingConfig(policy="uniform"), resume=True))
+    written = (tmp_path / "run" / "timing.jsonl").read_bytes()
+    assert train(config(resume=True))["status"] == "finished"  # and nothing is done
+    assert (tmp_path / "run" / "timing.jsonl").read_bytes() == written
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")  # then it is trained again
     assert train(config(resume=True))["status"] == "finished"
+    assert (tmp_path / "run" / "checkpoints" / "2").exists()
+
+
+def test_all_weights_of_a_trained_model_at_a_high_rate_are_warned_of(
+    make_config: Any, store: Path, tmp_path: Path
+) -> None:
+    shape = ModelConfig(width=32, layers=1, heads=2, kv_heads=1, mlp_width=32)
+    save_pretrained(tmp_path / "base", shape, decoder.build(shape, 600, jax.random.key(0))[1])
+
+    def checked(rate: float, rank: int) -> RunConfig:
+        model = ModelConfig(pretrained=str(tmp_path / "base"), lora=LoraConfig(rank=rank))
+        training = TrainingConfig(steps=2, learning_rate=rate)
+        return check(RunConfig(data=make_config(store=str(store)), model=model, training=training))
+
+    with pytest.warns(UserWarning, match=r"learning_rate is 0\.003.*0\.0001 is usual"):
+        checked(3e-3, 0)
+    checked(1e-4, 0)
+    checked(3e-3, 8)
