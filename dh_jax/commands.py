@@ -109,9 +109,14 @@ def distill(options: argparse.Namespace) -> int:
     if not caching:
         distilling.refuse_without_teacher(compose.compose_run(options.overrides))
         return train(options)
-    console = _console(stderr=options.json)
-    with module("progress").CacheProgress(console) as progress:
-        cached = distilling.make_cache(compose.compose_run(options.overrides), progress)
+    console, run = _console(stderr=options.json), compose.compose_run(options.overrides)
+    total = distilling.tokens_to_cache(run)
+    try:
+        with module("progress").CacheProgress(console, total) as progress:
+            cached = distilling.make_cache(run, progress)
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on behind the last whole shard")
+        return EXIT_INTERRUPTED
     entries = sum(shard["entries"] for shard in cached.manifest["shards"])
     size = sum(path.stat().st_size for path in cached.folder.rglob("*.safetensors"))
     if options.json:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from dh_jax.batch import Batch
 from dh_jax.config import DistillationConfig, ModelConfig, RunConfig
 from dh_jax.data.loader import Loader
+from dh_jax.data.prepare import open_prepared
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.distillation.cached import CachedTeacher, open_cache
 from dh_jax.distillation.caching import Progress, write_cache
@@ -270,6 +271,22 @@ def make_cache(config: RunConfig, progress: Progress | None = None) -> CachedTea
         temperature=d.temperature, codec=d.codec, sampled=d.sampled, batch_size=d.batch_size,
         shard_entries=d.shard_entries, progress=progress,
     )  # fmt: skip
+
+
+def tokens_to_cache(config: RunConfig) -> int | None:
+    """Targets that a cache of the training documents holds; None where they are streamed.
+
+    Raises:
+        DataError, StateError: there is no such store, or it is of another tokenizer.
+    """
+    data = config.data
+    if data.store is None:
+        return None
+    tokenizer = TokenizerWrapper.load(data.tokenizer, add_bos=data.add_bos, add_eos=data.add_eos)
+    store = open_prepared(data, tokenizer)
+    counts = [[store.total(name, "train", what) for what in ("tokens", "documents")]
+              for name in data.sources]  # fmt: skip
+    return sum(tokens - documents for tokens, documents in counts)  # nothing follows a last token
 
 
 def _narrowed(states: Any, width: int, wanted: int) -> StatesFn:

@@ -175,28 +175,30 @@ class InfluenceProgress(Bar):
 class CacheProgress(Bar):
     """Tokens that a teacher has been asked about, and their rate; a line for each source done."""
 
-    def __init__(self, console: Console):
-        super().__init__(console, "the teacher is read")
+    def __init__(self, console: Console, total: int | None = None):
+        super().__init__(console, "the teacher is read", total)
         self._source, self._entries = "", 0
+        self._others = 0  # tokens of the sources that are done
         self._start = time.perf_counter()
         self._before = 0  # of this source, when the clock was started
 
     def __call__(self, source: str, entries: int) -> None:
         if source != self._source:
             self._tell()
+            self._others += self._entries
             self._start, self._before = time.perf_counter(), entries
         self._source, self._entries = source, entries
         pace = (entries - self._before) / max(time.perf_counter() - self._start, 1e-9)
-        self.show(f"{source}: {entries:,} tokens ({pace:,.0f}/s)")
+        self.show(f"{source}: {entries:,} tokens ({pace:,.0f}/s)", self._others + entries)
 
     def _tell(self) -> None:
         if self._source:
             self.note(f"{self._source}: {self._entries:,} tokens")
 
     def __exit__(self, *error: object) -> None:
-        self._held = None  # the line below says the same
-        super().__exit__(*error)
-        self._tell()
+        super().__exit__(*error)  # in a log its last line says the same
+        if self._drawn:
+            self._tell()
 
 
 class SearchProgress(Bar):

@@ -27,7 +27,7 @@ from dh_jax.data.sources import document_id, split_of
 from dh_jax.data.tokenization import train_bpe
 from dh_jax.demo import corpora
 from dh_jax.errors import UserError
-from dh_jax.progress import PrepareProgress
+from dh_jax.progress import PAUSE, PrepareProgress
 from dh_jax.report import write_report
 
 VOCABULARY = 4096
@@ -157,14 +157,16 @@ def run_jobs(jobs: list[Job], console: Console) -> None:
         "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     running: dict[Job, tuple[subprocess.Popen[bytes], int | None]] = {}
+    drawn = console.is_terminal or console.is_jupyter
     bar = Progress(
         TextColumn("{task.description:<14}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         console=console,
+        disable=not drawn,
     )
-    tasks = {}
+    tasks, told = {}, time.monotonic()
     try:
         with bar:
             while waiting or running:
@@ -183,6 +185,12 @@ def run_jobs(jobs: list[Job], console: Console) -> None:
                     if process.returncode:
                         raise UserError(f"run {job.out} failed: {_last_lines(_log(job))}")
                     bar.console.print(f"{job.policy} {job.seed} is done")  # also in a log
+                if not drawn and time.monotonic() - told >= PAUSE:
+                    told, now = time.monotonic(), [(job, *_progress(job)) for job in running]
+                    console.print(", ".join(
+                        f"{job.policy} {job.seed}: step {step} of {total or '?'}"
+                        for job, step, total in now
+                    ))  # fmt: skip
     finally:
         for process, _ in running.values():
             process.terminate()

@@ -16,11 +16,18 @@ import pytest
 from omegaconf import OmegaConf
 
 from dh_jax import cli
+from dh_jax.compose import compose_run
 from dh_jax.config import DistillationConfig, ModelConfig, RunConfig
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.distillation.cached import open_cache
 from dh_jax.distillation_schema import HiddenConfig, RelationsConfig
-from dh_jax.distilling import check_distillation, layers_of, schedule_of
+from dh_jax.distilling import (
+    check_distillation,
+    layers_of,
+    schedule_of,
+    tokens_to_cache,
+    with_defaults,
+)
 from dh_jax.errors import ConfigError, DataError
 from dh_jax.models import decoder
 from dh_jax.models.pretrained import save_pretrained
@@ -104,7 +111,12 @@ def test_a_cached_teacher_trains_as_the_live_one_does(data_file, teacher_folder,
     named = [f"distillation.teacher={teacher_folder}"]
     kept = [f"distillation.cache={cache}", f"distillation.entries={K}"]
     assert cli.main(["distill", "cache", *arguments(data_file), *named, *kept]) == 0
-    assert "bytes a token" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "bytes a token" in said
+    run = compose_run(with_defaults([*arguments(data_file), *kept]))
+    total = tokens_to_cache(run)
+    assert total == sum(x["entries"] for x in open_cache(cache).manifest["shards"])
+    assert f"{total:,} of {total:,}" in said  # the progress ends where it was said to
     mixed = ["distillation=mixed"]
     live, stored = tmp_path / "live", tmp_path / "stored"
     assert cli.main(["distill", *arguments(data_file), *mixed, *named, f"out={live}"]) == 0
