@@ -33,7 +33,7 @@ def print_influence_price(price: InfluencePrice, console: Console) -> None:
     ):
         table.add_row(name, f"{seconds / 60:,.1f}", f"{price.slowest * seconds / 60:,.1f}")
     console.print(table)
-    console.print("compiling comes on top, a minute or two for a small model on a processor")
+    console.print("on an idle machine; compiling comes on top, a minute or two on a processor")
     console.print(f"parameters {price.parameters:,}, {price.coverage:.0%} of them measured")
     console.print(
         f"memory about {price.bytes / 2**30:.1f} GiB at the peak; "

@@ -349,9 +349,9 @@ def table(plans: Sequence[Plan]) -> str:
         if made.problem:
             lines.append(f"  cannot be: {made.problem}")
         for place in made.places:
+            who = f"pipeline stage {place.place}" if len(made.places) > 1 else "every rank"
             lines.append(
-                f"  pipeline place {place.place}: {place.parameters:,} parameters here, "
-                f"{place.padding:.1%} padding"
+                f"  {who}: {place.parameters:,} parameters here, {place.padding:.1%} padding"
             )
             lines.append(
                 f"    memory   {_size(place.peak_bytes)} at the peak: "
@@ -359,10 +359,10 @@ def table(plans: Sequence[Plan]) -> str:
                 f"gradients {_size(place.gradient_bytes)}, "
                 f"AdamW {_size(place.optimizer_bytes)}, the rest gathered blocks and activations"
             )
-            lines.append(f"    a step   {_size(place.sent_bytes)} sent")
+            lines.append(f"    a step   {_size(place.sent_bytes)} sent by a rank, of it")
             for (axis, kind), traffic in place.traffic.items():
                 size = _size(traffic.bytes)
-                lines.append(f"      {axis:<10} {kind:<15} {traffic.times:>6} times {size:>12}")
+                lines.append(f"      {axis:<10} {kind:<15} {traffic.times:>6} calls {size:>12}")
     return "\n".join(lines)
 
 
