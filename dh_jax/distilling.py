@@ -256,12 +256,8 @@ def make_cache(config: RunConfig, progress: Progress | None = None) -> CachedTea
         ConfigError: the config names no teacher or no folder for the cache.
         DataError, StateError: as `write_cache`.
     """
-    d = config.distillation
-    if not d.cache or not d.teacher:
-        raise ConfigError(
-            "dh distill cache needs distillation.teacher=MODEL and distillation.cache=FOLDER"
-        )
-    check_distillation(config)
+    d = _cached(config)
+    assert d.cache is not None
     data = config.data
     tokenizer = TokenizerWrapper.load(data.tokenizer, add_bos=data.add_bos, add_eos=data.add_eos)
     mesh = make_mesh(config.mesh)
@@ -277,8 +273,10 @@ def tokens_to_cache(config: RunConfig) -> int | None:
     """Targets that a cache of the training documents holds; None where they are streamed.
 
     Raises:
+        ConfigError: as `make_cache`.
         DataError, StateError: there is no such store, or it is of another tokenizer.
     """
+    _cached(config)
     data = config.data
     if data.store is None:
         return None
@@ -287,6 +285,16 @@ def tokens_to_cache(config: RunConfig) -> int | None:
     counts = [[store.total(name, "train", what) for what in ("tokens", "documents")]
               for name in data.sources]  # fmt: skip
     return sum(tokens - documents for tokens, documents in counts)  # nothing follows a last token
+
+
+def _cached(config: RunConfig) -> DistillationConfig:
+    d = config.distillation
+    if not d.cache or not d.teacher:
+        raise ConfigError(
+            "dh distill cache needs distillation.teacher=MODEL and distillation.cache=FOLDER"
+        )
+    check_distillation(config)
+    return d
 
 
 def _narrowed(states: Any, width: int, wanted: int) -> StatesFn:

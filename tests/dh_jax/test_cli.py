@@ -103,7 +103,7 @@ def test_a_dry_run_prices_and_starts_nothing(
         (["mixing.policy=infuence"], "known policies"),
         (["mixing=influence", "influence.targets={sum: 1}"], "did you mean 'sums'?"),
         (["mixing=influence", "mixing.min_weight=0.5"], "min_weight"),
-        (["data.store=elsewhere"], "run `dh prepare`"),
+        (["data.store=elsewhere"], "run `dh prepare data=...`"),
     ],
 )
 def test_a_mistake_is_one_line_with_exit_code_2(

@@ -266,7 +266,7 @@ def test_a_missing_package_is_named_with_the_cure_before_anything_is_written(
 ) -> None:
     lost = corpora.Part("x", "no-such-package-here", bible_chapters)
     monkeypatch.setattr(corpora, "parts", lambda: [lost])
-    with pytest.raises(DataError, match=r"'no-such-package-here'.*data-handler\[demo\]"):
+    with pytest.raises(DataError, match=r"'no-such-package-here'.*pip install .*\[demo\]'"):
         corpora.build(tmp_path / "out", processes=1)
     assert not (tmp_path / "out").exists()
 
