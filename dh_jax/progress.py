@@ -36,7 +36,7 @@ class Bar:
 
     def __init__(self, console: Console, step: str, total: int | None = None):
         self._console = console
-        self._drawn = console.is_terminal or console.is_jupyter
+        self._drawn = (console.is_terminal or console.is_jupyter) and not console.quiet
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
