@@ -81,8 +81,8 @@ warnings.simplefilter("ignore", CoverageWarning)  # we look at the coverage ours
 opened = open_influence(config)
 done = score_documents(opened)
 findings = find(opened, done.store, done.prepared, jax.random.key(0))
-print(f"{findings.pieces} pieces of {findings.documents} documents scored in {findings.seconds:.0f} s, "
-      f"{1000 * findings.pace:.0f} ms a piece")
+print(f"{findings.pieces} pieces of {findings.documents} documents scored in "
+      f"{findings.seconds:.0f} s, {1000 * findings.pace:.0f} ms a piece")
 print(f"{opened.estimator.coverage(opened.model.params):.0%} of the parameters are measured: the "
       "table of tokens is the head as well, and is left out")
 
