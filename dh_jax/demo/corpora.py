@@ -284,7 +284,10 @@ def _read_all(
     """Read every part, in processes of their own, with a progress bar on standard error."""
     processes = processes or min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
+    errors = Console(stderr=True)
+    # A notebook would draw it by widgets, which need not be there.
+    unseen = errors.is_jupyter
+    with Progress(*columns, TimeElapsedColumn(), console=errors, disable=unseen) as bar:
         task = bar.add_task("reading packages", total=len(work))
         if processes == 1:
             return [_harvest(part, seed, limit) for part in bar.track(work, task_id=task)]
