@@ -128,10 +128,9 @@ def plain(objective: Objective, scope: Scope) -> PerDocument:
 def _forms_gradients(vectors: Blocks, rows: int, segments: int) -> bool:
     """Whether gradients of a chunk's documents are the shorter way to their products with K
     vectors: a reverse pass a segment instead of a forward-mode pass a vector, where they fit."""
-    shapes = [v.shape for v in vectors.values()]
-    entries = sum(math.prod(shape[1:]) for shape in shapes)
-    size = 4 * rows * segments * entries
-    return shapes[0][0] > segments and size <= ROOM
+    each = [(v.dtype.itemsize, *v.shape) for v in vectors.values()]
+    size = rows * segments * sum(bytes_ * math.prod(shape) for bytes_, _, *shape in each)
+    return each[0][1] > segments and size <= ROOM
 
 
 def tapped(objective: Objective, scope: Scope) -> PerDocument:
