@@ -136,6 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
         options.overrides = [*options.overrides, *rest]
+    if arguments is None:  # a process of its own, at whose screen somebody may sit
+        commands.say_if_silent(options.command)
     code = _run(options)
     if options.command not in ("train", "distill"):
         return code

@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,23 @@ from typing import Any
 from dh_jax.errors import ConfigError
 
 EXIT_INTERRUPTED = 130
+PATIENCE = 1.0  # seconds of silence, of libraries that load, before a word is said
 SHOWN = 4000  # characters of a document that `dh show` prints unasked
+
+
+_spoken = threading.Event()
+
+
+def say_if_silent(command: str) -> None:
+    """Say that libraries are loading, if nothing has been said when `PATIENCE` is over."""
+
+    def say() -> None:
+        if not _spoken.is_set():
+            print(f"dh {command}: loading libraries", file=sys.stderr, flush=True)
+
+    timer = threading.Timer(PATIENCE, say)
+    timer.daemon = True  # a command that is done before does not wait for it
+    timer.start()
 
 
 def train(options: argparse.Namespace) -> int:
@@ -298,4 +315,5 @@ def module(name: str) -> Any:
 
 
 def _console(**settings: Any) -> Any:
+    _spoken.set()
     return importlib.import_module("rich.console").Console(**settings)
