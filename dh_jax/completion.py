@@ -22,6 +22,7 @@ from dh_jax.data.text.tokenizer_files import PYPI_PREFIX
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.distributed.checkpoint import read_arrays
 from dh_jax.errors import ConfigError, DataError
+from dh_jax.functions import round_matrices
 from dh_jax.models import decoder, lora
 from dh_jax.models.decoder import Graph, Params
 from dh_jax.models.generation import GREEDY, Generated, Sampling, stream
@@ -120,7 +121,7 @@ def _opened(
     if tokenizer.eos_id is not None:
         stop_ids = stop_ids | {tokenizer.eos_id}
     # Rounded once here rather than at every token.
-    params = jax.tree.map(lambda x: x.astype(config.dtype) if x.ndim > 1 else x, params)
+    params = round_matrices(params, config.dtype)
     return Opened(graph, params, config, tokenizer, tuple(sorted(stop_ids)))
 
 

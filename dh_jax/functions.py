@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 Params = Any  # any pytree of arrays
 
 
+VECTORS = ("bias", "scale")  # names of a layer's vectors, also where layers are stacked
+
+
 class LossFn(Protocol):
     """The one rule of the house: every loss is ``(params, batch, key) -> loss_BT``.
 
@@ -132,3 +135,21 @@ def masked_mean(loss_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
     total = (loss_BT * mask_BT).sum()
     count = mask_BT.sum()
     return total / count.clip(min=1)
+
+
+def matrices(params: Params) -> Any:
+    """Which parameters are matrices, as a tree of booleans: of vectors stacked over scanned layers
+    the number of axes does not tell."""
+
+    def is_matrix(path: Any, x: jax.Array) -> bool:
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        return x.ndim > 1 and name not in VECTORS
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def round_matrices(params: Params, dtype: Any) -> Params:
+    """Matrices in another type, vectors as they are."""
+    return jax.tree.map(
+        lambda x, is_one: x.astype(dtype) if is_one else x, params, matrices(params)
+    )

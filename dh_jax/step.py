@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 
 from dh_jax.batch import Batch
 from dh_jax.config import TrainingConfig
-from dh_jax.functions import LossFn, Params, as_argument, masked_mean
+from dh_jax.functions import LossFn, Params, as_argument, masked_mean, matrices
 from dh_jax.influence.optimizer import InfluenceAwareOptimizer, InfluenceState
 from dh_jax.metrics import StepMetrics
 
@@ -73,6 +73,6 @@ def make_optimizer(training: TrainingConfig) -> optax.GradientTransformation:
             b1=training.b1,
             b2=training.b2,
             weight_decay=training.weight_decay,
-            mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+            mask=matrices,
         ),
     )

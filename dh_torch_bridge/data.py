@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from dh_jax.batch import Batch, Origins
 from dh_jax.config import DataConfig, suggest
 from dh_jax.data import loader as data
-from dh_jax.errors import ConfigError
+from dh_jax.errors import ConfigError, StateError
 from dh_torch_bridge.copies import COPIED
 from dh_torch_bridge.labels import IGNORED, plain_labels, shifted_labels
 
@@ -130,6 +130,9 @@ def document_mask(segment_ids_BT: torch.Tensor) -> torch.Tensor:
     return same_BTT.tril()[:, None]
 
 
+REMEMBERED = 8  # states of the newest batches that an `as_dataloader` has given
+
+
 class TorchLoader:
     """An iterator of torch batches over a `dh_jax` loader; a context manager."""
 
@@ -143,6 +146,7 @@ class TorchLoader:
         self._loader = loader
         self.shard = shard  # (data-parallel rank, size)
         self._columns, self._pinned = columns, pin_memory
+        self._states: dict[int, dict[str, Any]] = {}  # behind each of the newest, by number
 
     def __iter__(self) -> Self:
         return self
@@ -160,7 +164,9 @@ class TorchLoader:
         """This loader in a `torch.utils.data.DataLoader`, for trainers that insist on one.
 
         It has no workers and gives the same batches, of this rank's rows already. Change weights,
-        and save and load states, through the `TorchLoader` itself.
+        and save and load states, through the `TorchLoader` itself. accelerate, and so
+        `transformers.Trainer`, fetches a batch before it gives the last one to the model: weights
+        take force one batch later, and `state_dict` must be told how many were trained on.
         """
         return DataLoader(_Batches(self), batch_size=None)
 
@@ -187,13 +193,35 @@ class TorchLoader:
         """Batches, tokens, packing efficiency, and each source's share."""
         return self._loader.stats()
 
-    def state_dict(self) -> dict[str, Any]:
-        """JSON-able state behind the last delivered batch."""
-        return self._loader.get_state()
+    def state_dict(self, batches: int | None = None) -> dict[str, Any]:
+        """JSON-able state behind the last delivered batch.
+
+        Args:
+            batches: behind this one instead, counted from 1 over all of the loader's runs, for
+                trainers that fetch ahead of an `as_dataloader`.
+
+        Raises:
+            StateError: that batch is not of the last few that an `as_dataloader` has given.
+        """
+        if batches is None:
+            return self._loader.get_state()
+        if batches not in self._states:
+            raise StateError(
+                f"no state behind batch {batches} is remembered, only behind "
+                f"{', '.join(map(str, self._states)) or 'none'}: those that as_dataloader gave last"
+            )
+        return self._states[batches]
+
+    def _remember(self) -> None:
+        state = self._loader.get_state()
+        self._states[state["batches"]] = state
+        if len(self._states) > REMEMBERED:
+            del self._states[min(self._states)]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue behind the batch that was delivered last when the state was taken."""
         self._loader.set_state(state)
+        self._states.clear()
 
     def close(self) -> None:
         """Stop prefetching and close files. Idempotent."""
@@ -211,4 +239,6 @@ class _Batches(IterableDataset[TorchBatch]):
         self._loader = loader
 
     def __iter__(self) -> Iterator[TorchBatch]:
-        return iter(self._loader)
+        for batch in self._loader:
+            self._loader._remember()
+            yield batch

@@ -18,6 +18,7 @@ import torch
 from dh_jax.batch import TopKLogits
 from dh_jax.distillation import losses
 from dh_jax.distillation.losses import CHUNK, KIND, MIX, Kind, Mix, TeacherHead
+from dh_jax.errors import ConfigError
 from dh_jax.functions import Head
 from dh_torch_bridge.exchange import to_jax, to_torch, tree_to_jax
 from dh_torch_bridge.labels import IGNORED
@@ -97,6 +98,11 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, weight_BT: torch.Tensor) -> Any:
+        if torch.is_grad_enabled():  # create_graph: a second derivative would silently be 0
+            raise ConfigError(
+                "the distillation losses have first derivatives alone; call backward without "
+                "create_graph, or take the penalty's gradient from a loss of your own"
+            )
         _ = ctx.saved_tensors  # torch raises here if one was written to since
         gradients = _backward(ctx.pull, to_jax(weight_BT))
         return None, None, *(to_torch(x, owned=True) for x in gradients)

@@ -262,12 +262,13 @@ def _watched(
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     with _ONE_AT_A_TIME:
-        was = model.training
+        was = {module: module.training for module in model.modules()}  # parts may be frozen
         model.eval()
         try:
             yield
         finally:
-            model.train(was)
+            for module, training in was.items():
+                module.training = training
 
 
 def _tensors(model: nn.Module, rows: Any) -> TorchBatch:

@@ -8,11 +8,17 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 
 from dh_torch_bridge.data import TorchBatch, document_mask
+from dh_torch_bridge.families import config_of, refuse_other_attention
 from dh_torch_bridge.labels import IGNORED
 
 
 def token_losses(model: nn.Module, batch: TorchBatch) -> torch.Tensor:
-    """Cross-entropy ``[B, T]`` in nats, float32 or wider, 0 where nothing is learnt."""
+    """Cross-entropy ``[B, T]`` in nats, float32 or wider, 0 where nothing is learnt.
+
+    Raises:
+        ConfigError: as `refuse_other_attention`.
+    """
+    refuse_other_attention(config_of(model), batch["input_ids"].shape[1])
     logits_BTV = model(
         input_ids=batch["input_ids"],
         position_ids=batch["position_ids"],

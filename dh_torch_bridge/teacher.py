@@ -2,7 +2,8 @@
 
     python -m dh_torch_bridge.teacher distillation.teacher=FOLDER distillation.cache=OUT data=demo
 
-writes a cache as `dh distill cache` does, with any causal model that transformers knows.
+writes a cache as `dh distill cache` does, with any causal model of transformers that has full
+attention (or windows no shorter than a row).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from dh_jax.models.pretrained import find_folder
 from dh_jax.progress import CacheProgress
 from dh_torch_bridge.data import document_mask
 from dh_torch_bridge.exchange import to_jax
+from dh_torch_bridge.families import refuse_other_attention
 
 
 def wrap_torch_teacher(model: Any, *, fingerprint: str | None = None) -> TeacherWrapper:
@@ -46,16 +48,20 @@ def wrap_torch_teacher(model: Any, *, fingerprint: str | None = None) -> Teacher
         model: a `PreTrainedModel`; takes ids, positions and a boolean mask of ``[B, 1, T, T]``
             (``attn_implementation="sdpa"``). Put into evaluation mode; not changed otherwise.
         fingerprint: of the weights, for a cache.
+
+    Raises:
+        ConfigError: as `refuse_other_attention`, when it is first called.
     """
     model.eval()
     head = model.get_output_embeddings()
     if not _ends_in(model, head):
         vocabulary = model.config.get_text_config().vocab_size
-        logits = partial(_call, partial(_logits, model), vocabulary)
+        logits = partial(_call, partial(_logits, model), model.config, vocabulary)
         return wrap_teacher(None, logits_fn=logits, fingerprint=fingerprint)
 
     def hidden_fn(params: Head, batch: Batch) -> tuple[jax.Array, Head]:
-        return _call(partial(_hidden, model), head.in_features, params, batch), params
+        hidden_BTD = _call(partial(_hidden, model), model.config, head.in_features, params, batch)
+        return hidden_BTD, params
 
     tables = [to_jax(x.float().cpu()) for x in (head.weight, head.bias) if x is not None]
     return wrap_teacher(
@@ -65,9 +71,10 @@ def wrap_torch_teacher(model: Any, *, fingerprint: str | None = None) -> Teacher
     )
 
 
-def _call(function: Any, width: int, params: Any, batch: Batch) -> jax.Array:
+def _call(function: Any, config: Any, width: int, params: Any, batch: Batch) -> jax.Array:
     """``function`` of tokens, positions and segments, on the host, from within a JAX program."""
     del params
+    refuse_other_attention(config, batch.tokens_BT.shape[1])
     result = jax.ShapeDtypeStruct((*batch.tokens_BT.shape, width), np.float32)
     found: jax.Array = jax.pure_callback(
         lambda *given: function(*map(_tensor, given)).float().cpu().numpy(),

@@ -218,7 +218,9 @@ def _write_source(
         number += 1
         placed = to_device(batch, mesh)
         own = None if key is None else jax.random.fold_in(key, number)
-        found = teacher.top_k(placed, facts["entries"], facts["temperature"], own)
+        found = teacher.top_k(
+            placed, facts["entries"], facts["temperature"], own, facts["vocabulary"]
+        )
         _add(shard, batch, loader.origins, jax.device_get(found), of)
         waiting = sum(map(len, shard.records))
         progress(name, total + waiting)

@@ -23,6 +23,8 @@ left is renormalised, as `dh_jax.distillation.losses` does with full tables.
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from typing import TypeAlias
 
 import jax
@@ -91,18 +93,44 @@ def top_k(logits_BTV: Array, k: int, temperature: float = 1.0) -> TopKLogits:
     return TopKLogits(ids_BTK.astype(jnp.int32), log_probs[..., :-1], log_probs[..., -1])
 
 
-def sample_teacher(logits_BTV: Array, k: int, key: Array, temperature: float = 1.0) -> TopKLogits:
+def sample_teacher(
+    logits_BTV: Array, k: int, keys_BT: Array, temperature: float = 1.0
+) -> TopKLogits:
     """K ids drawn from the teacher with replacement, for the estimator ``sampled``.
 
-    ``log_probs_BTK`` are the teacher's own at the drawn ids; there is no tail (-inf).
+    Args:
+        logits_BTV: of the teacher, any floating type.
+        k: K; no table of V times K is made.
+        keys_BT: a key for each token, so that how tokens are cut into chunks changes no draw.
+        temperature: divides the logits.
+
+    Returns:
+        Ids with the teacher's own ``log_probs_BTK`` there; there is no tail (-inf).
     """
     logp_BTV = jax.nn.log_softmax(jnp.asarray(logits_BTV, jnp.float32) / temperature, axis=-1)
-    shape = (k, *logits_BTV.shape[:2])
-    ids_BTK = jnp.moveaxis(jax.random.categorical(key, logp_BTV, axis=-1, shape=shape), 0, -1)
+    ids_BTK = jax.vmap(jax.vmap(partial(_draws, k)))(jnp.exp(logp_BTV), keys_BT)
     log_probs_BTK = jnp.take_along_axis(logp_BTV, ids_BTK, axis=-1)
     return TopKLogits(
         ids_BTK.astype(jnp.int32), log_probs_BTK, jnp.full(logits_BTV.shape[:2], -jnp.inf)
     )
+
+
+def _draws(k: int, mass_V: Array, key: Array) -> Array:
+    """K draws with replacement, int32 ``[K]``: first a block of ids, then one of its ids, since a
+    float32 between 0 and 1 has too few values to tell all ids of a vocabulary apart."""
+    width = math.isqrt(len(mass_V) - 1) + 1
+    mass_GW = jnp.pad(mass_V, (0, -len(mass_V) % width)).reshape(-1, width)
+    first, second = jax.random.uniform(key, (2, k))
+    block_K = _where(mass_GW.sum(1), first)
+    of_block_K = jax.vmap(_where)(mass_GW[block_K], second)
+    return block_K * width + of_block_K
+
+
+def _where(mass_N: Array, share: Array) -> Array:
+    """The place at which a share (from 0, below 1) of the mass is passed; never one without any."""
+    up_to_N = jnp.cumsum(mass_N)
+    below = jnp.minimum(share * up_to_N[-1], jnp.nextafter(up_to_N[-1], 0.0))
+    return jnp.searchsorted(up_to_N, below, side="right")
 
 
 def loss_and_slope(

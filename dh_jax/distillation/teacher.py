@@ -19,7 +19,7 @@ from dh_jax.distillation.sparse import sample_teacher, top_k
 from dh_jax.distributed.mesh import row_ways
 from dh_jax.distributed.placement import on_mesh
 from dh_jax.errors import ConfigError
-from dh_jax.functions import HiddenFn, LogitsFn, Params, StatesFn
+from dh_jax.functions import HiddenFn, LogitsFn, Params, StatesFn, round_matrices
 from dh_jax.unembedding import map_tokens, unembed
 
 Array: TypeAlias = jax.Array
@@ -38,8 +38,9 @@ class TeacherWrapper(NamedTuple):
         return self.function(self.params, batch)
 
     def top_k(
-        self, batch: Batch, k: int, temperature: float = 1.0, key: Array | None = None
-    ) -> TopKLogits:
+        self, batch: Batch, k: int, temperature: float = 1.0, key: Array | None = None,
+        vocabulary: int | None = None,
+    ) -> TopKLogits:  # fmt: skip
         """The K most probable ids of every token, or with a ``key`` K draws; compiled.
 
         Of a teacher of hidden states, logits exist for a chunk of tokens at a time.
@@ -49,8 +50,11 @@ class TeacherWrapper(NamedTuple):
             k: K.
             temperature: divides the logits.
             key: see `sparse.sample_teacher`.
+            vocabulary: ids from here on are padding of the teacher's table, and left out.
         """
-        return _entries(self.function, self.params, batch, k, temperature, key, CHUNK * self.rows)
+        return _entries(
+            self.function, self.params, batch, k, temperature, key, vocabulary, CHUNK * self.rows
+        )
 
 
 def wrap_teacher(
@@ -86,13 +90,13 @@ def wrap_teacher(
         return jax.lax.stop_gradient(logits_fn(params, batch))
 
     if dtype is not None:
-        params = jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, params)
+        params = round_matrices(params, dtype)
     if mesh is not None:
         function = on_mesh(function, mesh)
     return TeacherWrapper(function, params, fingerprint, 1 if mesh is None else row_ways(mesh))
 
 
-@partial(jax.jit, static_argnames=("function", "k", "temperature", "chunk"))
+@partial(jax.jit, static_argnames=("function", "k", "temperature", "vocabulary", "chunk"))
 def _entries(
     function: Callable[[Params, Batch], Teacher],
     params: Params,
@@ -100,32 +104,25 @@ def _entries(
     k: int,
     temperature: float,
     key: Array | None,
+    vocabulary: int | None,
     chunk: int,
 ) -> TopKLogits:
     outputs = function(params, batch)
-
-    def entries(logits_BCV: Array, keys_BC: Array | None) -> TopKLogits:
-        if keys_BC is None:
-            return top_k(logits_BCV, k, temperature)
-        one = jax.vmap(lambda z, key: sample_teacher(z[None, None], k, key, temperature))
-        found = jax.vmap(one)(logits_BCV, keys_BC)
-        return TopKLogits(*(x[:, :, 0, 0] for x in found))
-
-    # A key for each token, so that how tokens are cut into chunks changes no draw.
-    keys_BT = None if key is None else jax.random.split(key, batch.tokens_BT.shape)
-    if isinstance(outputs, TeacherHead):
-        hidden_BTD, head, _ = outputs
-        data = None if keys_BT is None else jax.random.key_data(keys_BT)
-
-        def one(given: Any) -> TopKLogits:
-            hidden_BCD, data = given
-            keys = None if data is None else jax.random.wrap_key_data(data)
-            return entries(unembed(hidden_BCD, head), keys)
-
-        found: TopKLogits = map_tokens(one, (hidden_BTD, data), chunk)
-        return found
     assert not isinstance(outputs, TopKLogits)
-    return entries(outputs, keys_BT)
+    states, head = outputs[:2] if isinstance(outputs, TeacherHead) else (outputs, None)
+    keys = None if key is None else jax.random.split(key, batch.tokens_BT.shape)
+
+    def one(given: Any) -> TopKLogits:
+        states_BC, data = given
+        logits_BCV = states_BC if head is None else unembed(states_BC, head)
+        logits_BCV = logits_BCV[..., :vocabulary]
+        if data is None:
+            return top_k(logits_BCV, k, temperature)
+        return sample_teacher(logits_BCV, k, jax.random.wrap_key_data(data), temperature)
+
+    data = None if keys is None else jax.random.key_data(keys)
+    found: TopKLogits = map_tokens(one, (states, data), chunk)
+    return found
 
 
 def fingerprint_of(weights: Any, *facts: Any) -> str:

@@ -11,6 +11,7 @@ must see one folder.
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -210,6 +211,7 @@ class Checkpoints:
         for bad, found in damaged.items():
             aside = self.folder / f"damaged-{bad}"
             if jax.process_index() == 0:
+                shutil.rmtree(aside, ignore_errors=True)  # of the same step, earlier
                 self._path(bad).rename(aside)
             warnings.warn(
                 f"checkpoint {self._path(bad)} is damaged: {'; '.join(found[:3])}; it is now "

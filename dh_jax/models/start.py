@@ -12,6 +12,7 @@ from dh_jax.config import ModelConfig, validate_model
 from dh_jax.distributed.mesh import place
 from dh_jax.distributed.placement import AnyMesh, placed_shapes
 from dh_jax.errors import ConfigError
+from dh_jax.functions import round_matrices
 from dh_jax.models import decoder, lora, states
 from dh_jax.models.decoder import Params
 from dh_jax.models.hf_config import SHAPE
@@ -124,7 +125,7 @@ def abstract_start(
 
 def _freeze(params: Params, config: ModelConfig) -> Params:
     """Kernels are rounded to the activations' type where they are used; frozen ones stay so."""
-    return jax.tree.map(lambda x: x.astype(config.dtype) if x.ndim > 1 else x, params)
+    return round_matrices(params, config.dtype)
 
 
 def _place(params: Params, shardings: Callable[[Params], Params] | None) -> Any:

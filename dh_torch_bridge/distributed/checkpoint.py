@@ -29,6 +29,7 @@ from dh_jax.distributed.integrity import find_damage, write_checksums
 from dh_jax.errors import DataError, StateError
 from dh_torch_bridge.distributed.named import (
     Model,
+    fill_twins,
     named_tensors,
     ready_state,
     refuse_other_tensors,
@@ -236,6 +237,7 @@ class Checkpoints:
             process_group=self._group,
             no_dist=self._group is None,
         )
+        fill_twins(model, optimizer)
         for group, saved in zip(optimizer.param_groups, groups, strict=True):
             group.update({key: _as(group.get(key), value) for key, value in saved.items()})
         _set_rng({name.split(".")[1]: tensors[name] for name in own if name in tensors})

@@ -50,6 +50,8 @@ def named_tensors(
 ) -> dict[str, torch.Tensor]:
     """Parameters, persistent buffers and the optimizer's state: the tensors themselves, uncopied.
 
+    Of a tied table that this rank holds twice (both ends of a ZBV pipeline) it is the last.
+
     Args:
         model: whole or spread.
         optimizer: of its parameters.
@@ -101,6 +103,16 @@ def ready_state(
             value = torch.empty(saved.size, dtype=dtype)
         optimizer.state[parameter][key] = tensors[full] = value
     return tensors
+
+
+def fill_twins(model: Model, optimizer: torch.optim.Optimizer) -> None:
+    """Give a tied table that this rank holds twice (ZBV) what was read for the last of the two."""
+    read = dict(named_parameters(model))
+    for name, parameter in named_parameters(model):
+        if parameter is not read[name]:
+            parameter.data.copy_(read[name].data)
+            state = optimizer.state.get(read[name], {})
+            optimizer.state[parameter] = {key: value.clone() for key, value in state.items()}
 
 
 def refuse_other_tensors(

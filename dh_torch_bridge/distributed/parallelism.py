@@ -99,6 +99,13 @@ def check_tensor(model: nn.Module, tensor: int) -> None:
             f"distributed.tensor={tensor}: no plan splits {type(model).__name__}; it must be a "
             "Hugging Face model of the Llama family, or take tensor=1"
         )
+    table = model.get_submodule("model.embed_tokens")
+    if type(table) is not nn.Embedding:
+        raise ConfigError(
+            f"distributed.tensor={tensor}: the embedding of {type(model).__name__} is a "
+            f"{type(table).__name__}, which does more than look rows up and no plan splits; take "
+            "tensor=1"
+        )
     numbers = {name: getattr(shape, key) for name, key in sizes.items()}
     for name, number in numbers.items():
         if number % tensor:

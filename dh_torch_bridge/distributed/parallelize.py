@@ -34,6 +34,7 @@ from dh_torch_bridge.distributed.pipeline import (
     cut,
     make_schedule,
     microbatches_of,
+    tied_parameters,
 )
 from dh_torch_bridge.distributed.weights import give_weights, take_weights, tied_names
 from dh_torch_bridge.labels import IGNORED
@@ -155,15 +156,20 @@ def forward_backward(model: Parallel, batch: TorchBatch) -> torch.Tensor:
         batch: this data-parallel rank's rows, on its device, as `get_loader` gives them.
 
     Returns:
-        Mean cross-entropy in nats (a float64 scalar), the same on every rank.
+        Mean cross-entropy in nats (a float64 scalar), the same on every rank; 0 where nothing is
+        learnt.
     """
     targets = (batch["shift_labels"] != IGNORED).sum()
     count = sum_over_data(targets, model.mesh)
     # DDP and FSDP2 average gradients over the data-parallel ranks, so the sum is wanted times
     # their number.
     ranks = data_shard(model.mesh)[1]
-    scale = ranks / count.double()
+    scale = ranks / count.clamp(min=1).double()
     device = batch["input_ids"].device
+    # What earlier calls have left there is summed already.
+    before = {x: x.grad for x in tied_parameters(model.parts)} if model.tied else {}
+    for parameter in before:
+        parameter.grad = None
     with tensor_loss(model.mesh):
         if model.schedule is None:
             with torch.autocast(device.type, model.autocast, enabled=model.autocast is not None):
@@ -174,6 +180,9 @@ def forward_backward(model: Parallel, batch: TorchBatch) -> torch.Tensor:
             loss = _pipelined(model, batch, scale)
     if model.tied and model.mesh is not None:
         add_tied_gradients(model.parts, model.mesh)
+        for parameter, gradient in before.items():
+            if gradient is not None and parameter.grad is not None:
+                parameter.grad += gradient
     return sum_over(loss.detach().double() / ranks, model.mesh, ("pipeline", *DATA_AXES))
 
 

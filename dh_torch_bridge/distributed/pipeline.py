@@ -22,6 +22,7 @@ from dh_jax.errors import ConfigError
 from dh_torch_bridge.data import document_mask
 from dh_torch_bridge.distributed.mesh import SCHEDULES, stages_of_rank
 from dh_torch_bridge.distributed.parallelism import is_llama
+from dh_torch_bridge.families import STAGED, config_of, refuse_other_attention
 from dh_torch_bridge.losses import losses_of_logits
 
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
@@ -58,7 +59,12 @@ class Stage(nn.Module):
         shift_labels: torch.Tensor,
     ) -> torch.Tensor:
         """Hidden states ``[B, T, D]`` (ids ``[B, T]`` into the first stage) to hidden states, or
-        out of the last stage the loss of every token, ``[B, T]``."""
+        out of the last stage the loss of every token, ``[B, T]``.
+
+        Raises:
+            ConfigError: as `refuse_other_attention`.
+        """
+        refuse_other_attention(self.config, position_ids.shape[1])
         with torch.autocast(
             position_ids.device.type, self.autocast, enabled=self.autocast is not None
         ):
@@ -87,10 +93,11 @@ def check_pipeline(model: nn.Module, config: DistributedConfig, pipeline: int) -
     Raises:
         ConfigError: names the number, what it must be and the cure.
     """
-    if not is_llama(model):
+    family = getattr(config_of(model), "model_type", None)
+    if not is_llama(model) or family not in STAGED:
         raise ConfigError(
             f"distributed.pipeline={pipeline}: {type(model).__name__} cannot be cut into stages; "
-            "it must be a Hugging Face model of the Llama family, or take pipeline=1"
+            f"families that can: {', '.join(STAGED)}; or take pipeline=1"
         )
     layers, stages = _count_layers(model), pipeline * stages_of_rank(config)
     if layers < stages:
@@ -194,16 +201,21 @@ def make_schedule(
     )
 
 
-def add_tied_gradients(parts: Sequence[nn.Module], mesh: DeviceMesh) -> None:
-    """Give the tied embedding of the first stage and the head of the last the sum of both
-    gradients, so that equal steps keep them equal. Call it before clipping, on every rank."""
-    ranks = dist.get_process_group_ranks(mesh.get_group("pipeline"))
-    mine = [
+def tied_parameters(parts: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """The tied embedding of the first stage and the head of the last, as far as they are here."""
+    return [
         parameter
         for part in parts
         for name, parameter in part.named_parameters()
         if name in (HEAD, TABLE)
     ]
+
+
+def add_tied_gradients(parts: Sequence[nn.Module], mesh: DeviceMesh) -> None:
+    """Give both `tied_parameters` the sum of their gradients, so that equal steps keep them
+    equal. Call it before clipping, on every rank, with the gradients of one backward alone."""
+    ranks = dist.get_process_group_ranks(mesh.get_group("pipeline"))
+    mine = tied_parameters(parts)
     locals_ = [_local(parameter.grad) for parameter in mine]
     if len(locals_) == 2:  # a V: both ends are here
         total = locals_[0] + locals_[1]

@@ -80,7 +80,7 @@ def make_batch(step: int) -> dict[str, torch.Tensor]:
 
 def train_case(case: dict[str, Any]) -> dict[str, list[float]]:
     """Losses and gradient norms of a case: ``layout`` (a distributed config), ``dtype``, ``model``,
-    ``autocast``, ``steps``."""
+    ``autocast``, ``steps``, ``calls`` (of `forward_backward` a step, over a batch each)."""
     config = load_distributed_config({"backend": "gloo", **case["layout"]})
     mesh = make_mesh(config)
     with torch.device("cpu" if dist.get_rank() == 0 else "meta"):
@@ -93,8 +93,10 @@ def train_case(case: dict[str, Any]) -> dict[str, list[float]]:
     losses, norms = [], []
     for step in range(case.get("steps", 20)):
         rows = slice(rank * ROWS // ranks, (rank + 1) * ROWS // ranks)
-        batch = {name: tensor[rows] for name, tensor in make_batch(step).items()}
-        loss = forward_backward(model, batch)
+        calls = case.get("calls", 1)
+        for call in range(calls):
+            batch = make_batch(step * calls + call)
+            loss = forward_backward(model, {name: x[rows] for name, x in batch.items()})
         norm = clip(model, MAX_NORM)
         optimizer.step()
         optimizer.zero_grad()

@@ -57,7 +57,7 @@ def test_every_layout_reads_what_every_layout_wrote(tmp_path: Path) -> None:
     from tests.dh_torch_bridge import saved_layouts as layouts
 
     said = finish(launch(str(HERE / "saved_layouts.py"), str(tmp_path), ranks=4))
-    assert said.count("equal ") == len(layouts.LAYOUTS) ** 2 == 49
+    assert said.count("equal ") == len(layouts.LAYOUTS) ** 2 == 64
     model = layouts.plain(0)
     optimizer = layouts.adamw(model)
     layouts.train(model, optimizer, range(layouts.STEPS))

@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 
 from dh_jax.batch import Batch  # noqa: E402
 from dh_jax.data.loader import get_loader  # noqa: E402
-from dh_jax.errors import ConfigError  # noqa: E402
+from dh_jax.errors import ConfigError, StateError  # noqa: E402
 from dh_torch_bridge.copies import COPIED  # noqa: E402
 from dh_torch_bridge.data import as_torch  # noqa: E402
 from dh_torch_bridge.data import get_loader as get_torch_loader  # noqa: E402
@@ -149,6 +149,29 @@ def test_a_dataloader_for_trainers_that_insist_on_one(make_config: Any, store: P
         assert isinstance(wrapped, torch.utils.data.DataLoader)
         for batch, _ in zip(wrapped, range(3), strict=False):
             assert torch.equal(batch["input_ids"], next(plain)["input_ids"])
+
+
+@pytest.mark.filterwarnings("ignore")  # of accelerate's own making
+def test_a_trainer_that_fetches_ahead_goes_on_behind_the_batch_it_trained_on(
+    make_config: Any, store: Path
+) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    config = make_config(store=str(store))
+    with (
+        get_torch_loader(config, batch_size=4) as ours,
+        get_torch_loader(config, batch_size=4) as plain,
+    ):
+        ahead = accelerate.Accelerator(cpu=True).prepare(ours.as_dataloader())
+        for _, batch in zip(range(12), ahead, strict=False):
+            assert torch.equal(batch["input_ids"], next(plain)["input_ids"])
+        assert ours.state_dict()["batches"] == 13  # it has one more in hand
+        state = ours.state_dict(batches=12)
+        with pytest.raises(
+            StateError, match=r"no state behind batch 2 .* 6, 7, 8, 9, 10, 11, 12, 13"
+        ):
+            ours.state_dict(batches=2)
+        ours.load_state_dict(state)
+        assert torch.equal(next(ours)["input_ids"], next(plain)["input_ids"])
 
 
 def test_state_moves_between_the_two_loaders(make_config: Any, store: Path) -> None:

@@ -157,6 +157,14 @@ def test_what_is_written_over_before_the_backward_pass_is_an_error() -> None:
         loss.sum().backward()
 
 
+def test_a_gradient_of_the_gradient_is_refused() -> None:
+    torch.manual_seed(0)
+    logits, teacher = torch.randn(2, 8, 64, requires_grad=True), torch.randn(2, 8, 64)
+    loss_BT = ours.loss_from_logits(logits, teacher, torch.randint(0, 64, (2, 8)))
+    with pytest.raises(ConfigError, match="first derivatives alone; call backward without create"):
+        torch.autograd.grad(loss_BT.sum(), logits, create_graph=True)
+
+
 def test_writing_to_a_tensor_never_changes_a_jax_array() -> None:
     array = jax.numpy.arange(16.0)
     before = COPIED["to_torch"]

@@ -111,10 +111,12 @@ def test_taps_are_the_whole_gradient_of_every_tapped_layer(pair: Pair) -> None:
 
 def test_the_model_is_left_as_it_was(pair: Pair) -> None:
     model = pair.torch_model.train()
+    model.model.layers[0].eval()  # by its owner
     before = {name: x.clone() for name, x in model.state_dict().items()}
     calculator = DataInfCalculator(torch_objective(model).loss)
     calculator.probe_gradient(torch_params(model), rows(4), KEY)
-    assert model.training and all(p.grad is None for p in model.parameters())
+    assert model.training and not model.model.layers[0].training
+    assert all(p.grad is None for p in model.parameters())
     assert not any(m._forward_hooks for m in model.modules())
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
     twin = build_llama(SHAPE, 128)

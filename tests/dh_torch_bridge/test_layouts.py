@@ -86,22 +86,24 @@ def alone(case: str, rate: float = 3e-4) -> dict[str, list[float]]:
     model = make_model(settings.get("dtype", "float32"), **settings.get("model", {}))
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     losses, norms = [], []
+    calls = settings.get("calls", 1)
     for step in range(settings.get("steps", 20)):
-        batch = make_batch(step)
-        segments = batch["segment_ids"]
-        sees = (segments[:, :, None] == segments[:, None, :]).tril()[:, None]
-        with torch.autocast("cpu", torch.bfloat16, enabled=settings.get("autocast", False)):
-            logits = model(
-                input_ids=batch["input_ids"],
-                position_ids=batch["position_ids"],
-                attention_mask=sees,
-            ).logits
-        if logits.dtype == torch.bfloat16:
-            logits = logits.float()
-        loss = torch.nn.functional.cross_entropy(
-            logits.reshape(-1, VOCABULARY), batch["shift_labels"].reshape(-1)
-        )
-        loss.backward()
+        for call in range(calls):
+            batch = make_batch(step * calls + call)
+            segments = batch["segment_ids"]
+            sees = (segments[:, :, None] == segments[:, None, :]).tril()[:, None]
+            with torch.autocast("cpu", torch.bfloat16, enabled=settings.get("autocast", False)):
+                logits = model(
+                    input_ids=batch["input_ids"],
+                    position_ids=batch["position_ids"],
+                    attention_mask=sees,
+                ).logits
+            if logits.dtype == torch.bfloat16:
+                logits = logits.float()
+            loss = torch.nn.functional.cross_entropy(
+                logits.reshape(-1, VOCABULARY), batch["shift_labels"].reshape(-1)
+            )
+            loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)))
         optimizer.step()
         optimizer.zero_grad()
@@ -151,7 +153,7 @@ def test_a_layout_trains_as_one_process_does(
 @pytest.mark.slow
 def test_what_goes_with_a_layout_changes_no_number(tmp_path: Path) -> None:
     """Recomputed activations, shares in host memory, many microbatches, gathered parameters kept,
-    and Qwen's biases; and two precisions on two ranks as on one."""
+    two backwards a step, and Qwen's biases; and two precisions on two ranks as on one."""
     extras = {
         "recomputed": {"layout": shares(shard=2, checkpoint_activations=True)},
         "recomputed_tp": {"layout": shares(tensor=2, checkpoint_activations=True)},
@@ -164,6 +166,8 @@ def test_what_goes_with_a_layout_changes_no_number(tmp_path: Path) -> None:
         "microbatches": {"layout": shares(pipeline=2, microbatches=8)},
         "zbv_microbatches": {"layout": {**PIPELINES["zbv"], "microbatches": 8},
                              "model": {"tied": True}},
+        "calls_pp": {"layout": PIPELINES["1f1b"], "model": {"tied": True}, "calls": 2},
+        "calls_zbv": {"layout": PIPELINES["zbv"], "model": {"tied": True}, "calls": 2},
         "kept": {"layout": shares(shard=2, reshard_after_forward=False)},
         "biases": {"layout": shares(tensor=2, sequence_parallel=True),
                    "model": {"attention_bias": True, "mlp_bias": True}},

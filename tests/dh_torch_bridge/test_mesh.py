@@ -12,10 +12,17 @@ torch = pytest.importorskip("torch")
 
 from dh_jax.config import DistributedConfig, list_configs  # noqa: E402
 from dh_jax.errors import ConfigError  # noqa: E402
-from dh_torch_bridge import data_shard, load_distributed_config, make_mesh  # noqa: E402
+from dh_torch_bridge import (  # noqa: E402
+    data_shard,
+    forward_backward,
+    load_distributed_config,
+    make_mesh,
+)
 from dh_torch_bridge.distributed.fsdp2 import blocks_of  # noqa: E402
 from dh_torch_bridge.distributed.mesh import Sizes, mesh_sizes, pick_device  # noqa: E402
-from dh_torch_bridge.distributed.parallelize import distribute  # noqa: E402
+from dh_torch_bridge.distributed.parallelize import distribute, parallelize  # noqa: E402
+from dh_torch_bridge.labels import IGNORED  # noqa: E402
+from tests.dh_torch_bridge.layouts import make_batch, make_model  # noqa: E402
 
 
 def test_shipped_configs_take_all_ranks() -> None:
@@ -120,6 +127,14 @@ def test_blocks_are_those_of_the_outermost_list() -> None:
     assert blocks_of(model) == blocks
     with pytest.raises(ConfigError, match=r"finds no nn.ModuleList of blocks in Linear"):
         blocks_of(torch.nn.Linear(2, 2))
+
+
+def test_a_batch_that_teaches_nothing_is_no_broken_loss() -> None:
+    model = parallelize(make_model(), load_distributed_config("single"))
+    batch = make_batch(0)
+    batch["shift_labels"] = torch.full_like(batch["shift_labels"], IGNORED)
+    assert float(forward_backward(model, batch)) == 0.0
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
 def test_a_single_process_keeps_its_model() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -107,6 +108,24 @@ def test_the_dense_codec_comes_back_as_well(one_source, teacher, tokenizer, mesh
         batch, origins = next(loader), loader.origins
     live = jax.device_get(teacher.top_k(to_device(batch, mesh), K))
     agree(dense.join(batch, origins).teacher, live, batch.loss_mask_BT)
+
+
+def test_padding_of_the_teacher_s_table_is_left_out(one_source, tokenizer, mesh, tmp_path):
+    """Ids that no token has may be the most probable; a codec has no room for them."""
+    V = tokenizer.vocab_size
+    table = jnp.arange(V + 30.0) / 10  # the last ids lead
+
+    def logits_fn(params, batch):
+        return params + 0.01 * batch.tokens_BT[..., None]
+
+    teacher = wrap_teacher(table, logits_fn=logits_fn, fingerprint="padded")
+    for codec in ("plain", "dense"):
+        found = written(teacher, one_source, tmp_path / codec, tokenizer, mesh, codec=codec)
+        with get_loader(one_source, tokenizer=tokenizer, batch_size=4, join=found.join) as loader:
+            batch = next(loader)
+        assert batch.teacher is not None
+        ids_NK = batch.teacher.ids_BTK[batch.loss_mask_BT]
+        assert (np.sort(ids_NK) == np.arange(V - K, V)).all()
 
 
 @pytest.mark.slow

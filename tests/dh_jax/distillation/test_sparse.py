@@ -45,7 +45,8 @@ def test_a_sparse_teacher_equals_its_formula_in_float64(estimator, name):
     d = drawn(1)
     logits, mix = (d["hidden"] @ d["kernel"]).astype(np.float32), Mix(0.6, 0.4, 2.0)
     if estimator == "sampled":
-        teacher = sample_teacher(jnp.asarray(d["teacher"]), K, jax.random.key(0), 2.0)
+        keys_BT = jax.random.split(jax.random.key(0), d["teacher"].shape[:2])
+        teacher = sample_teacher(jnp.asarray(d["teacher"]), K, keys_BT, 2.0)
     else:
         teacher = top_k(jnp.asarray(d["teacher"]), K, 2.0)
 
@@ -138,14 +139,45 @@ def test_samples_are_unbiased_in_value_and_gradient():
         slope, loss_BT = jax.grad(total, has_aux=True)(logits)
         return loss_BT, slope
 
-    keys = jax.random.split(jax.random.key(1), draws)
+    keys_NBT = jax.random.split(jax.random.key(1), (draws, *teacher.shape[:2]))
     each = jax.jit(
-        jax.vmap(lambda key: loss_and_gradient(sample_teacher(teacher, 3, key), "sampled"))
-    )(keys)
+        jax.vmap(lambda keys: loss_and_gradient(sample_teacher(teacher, 3, keys), "sampled"))
+    )(keys_NBT)
     expected = loss_and_gradient(teacher, "tail")
     for found, true in zip(each, expected, strict=True):
         error = (found.mean(0) - true) / (found.std(0) / draws**0.5 + 1e-6)
         assert np.abs(error).max() < 5  # standard errors, of 216 numbers
+
+
+def test_draws_come_as_often_as_the_teacher_says_also_of_a_large_vocabulary():
+    V, draws = 50_000, 400_000
+    logits_V = 2 * jax.random.normal(jax.random.key(0), (V,)).at[7].set(-jnp.inf)
+    logits_V = logits_V.at[V - 1].set(10.0)
+    keys_BT = jax.random.split(jax.random.key(1), (1, 1))
+    ids_K = np.asarray(sample_teacher(logits_V[None, None], draws, keys_BT).ids_BTK[0, 0])
+    p_V = np.exp(np.float64(logits_V - logits_V.max()))
+    p_V /= p_V.sum()
+    assert ids_K.min() >= 0 and ids_K.max() == V - 1 and 7 not in ids_K
+    # Halves, hundredths, and the most probable ids: each within five standard errors.
+    for groups in (2, 100):
+        of_id_V = np.arange(V) * groups // V
+        p_G = np.bincount(of_id_V, p_V)
+        error_G = np.bincount(of_id_V[ids_K], minlength=groups) / draws - p_G
+        assert np.abs(error_G / np.sqrt(p_G / draws)).max() < 5
+    top = p_V.argsort()[-50:]
+    error = np.bincount(ids_K, minlength=V)[top] / draws - p_V[top]
+    assert np.abs(error / np.sqrt(p_V[top] / draws)).max() < 5
+
+
+def test_drawing_makes_no_table_of_draws_by_vocabulary():
+    T, V, K = 64, 8192, 64
+    shapes = (
+        jax.ShapeDtypeStruct((1, T, V), jnp.float32),
+        jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (1, T))),
+    )
+    compiled = jax.jit(sample_teacher, static_argnums=1).lower(shapes[0], K, shapes[1]).compile()
+    table = T * V * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < 6 * table  # not 64 of them
 
 
 def test_another_temperature_than_the_stored_one_is_refused():

@@ -123,6 +123,12 @@ def test_a_run_falls_back_to_the_newest_intact_step_and_can_save_that_step_again
     assert (tmp_path / "damaged-9/host/metadata").exists()
     with Checkpoints(tmp_path, keep=3) as checkpoints:
         assert checkpoints.restore(arrays()).host["again"]
+    flip(tmp_path / "9/host/metadata", 55)  # the same step once more
+    with (
+        Checkpoints(tmp_path, keep=3) as checkpoints,
+        pytest.warns(UserWarning, match="now damaged-9, and the run goes on from step 3"),
+    ):
+        assert checkpoints.restore(arrays()).step == 3
 
 
 def test_when_nothing_is_intact_every_step_and_file_is_named(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,11 +17,12 @@ from dh_jax.config import LoraConfig, MeshConfig, ModelConfig, RunConfig, Traini
 from dh_jax.distributed.mesh import make_mesh
 from dh_jax.dryrun import abstract_step, step_bytes
 from dh_jax.errors import ConfigError
-from dh_jax.functions import as_argument
+from dh_jax.functions import as_argument, round_matrices
 from dh_jax.models import decoder
 from dh_jax.models.lora import split
 from dh_jax.models.pretrained import save_pretrained
 from dh_jax.models.start import abstract_start, resolve, start
+from dh_jax.step import make_optimizer
 from dh_jax.train import train
 from tests.dh_jax.models.model_cases import build, by_path
 
@@ -72,6 +74,24 @@ def test_what_a_dry_run_assumes_is_what_a_run_starts_with(rank: int, scan: bool)
     carried = [as_argument(each.loss_fn) for each in (planned, real)]
     assert described(jax.tree.leaves(carried[0])) == described(jax.tree.leaves(carried[1]))
     assert bool(jax.tree.leaves(carried[0])) == bool(rank)
+
+
+def test_vectors_of_scanned_layers_are_no_matrices() -> None:
+    """They are stacked to two axes, but neither decay nor are rounded, as where they lie alone."""
+    optimizer = make_optimizer(TrainingConfig(weight_decay=0.5, warmup=0, learning_rate=0.1))
+    for scan in (False, True):
+        config = dataclasses.replace(SHAPE, scan_layers=scan, qkv_bias=True)
+        _, params = decoder.build(config, 32, jax.random.key(0))
+        params = jax.tree.map(lambda x: x + 1, params)  # biases begin at 0
+        zero = jax.tree.map(jnp.zeros_like, params)
+        moved, _ = optimizer.update(zero, optimizer.init(params), params)
+        rounded = round_matrices(params, jnp.bfloat16)
+        for path, x in jax.tree_util.tree_leaves_with_path(moved):
+            is_vector = path[-1].key in ("scale", "bias")
+            assert bool(jnp.any(x != 0)) != is_vector, path
+        for path, x in jax.tree_util.tree_leaves_with_path(rounded):
+            is_vector = path[-1].key in ("scale", "bias")
+            assert x.dtype == (jnp.float32 if is_vector else jnp.bfloat16), path
 
 
 def test_adapters_are_priced_as_adapters() -> None:
