@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from dh_jax.batch import Batch, Origins
+from dh_jax.batch import Batch, Origins, TopKLogits
 from dh_jax.config import DataConfig, suggest
 from dh_jax.data import loader as data
 from dh_jax.errors import ConfigError, StateError
@@ -79,6 +79,8 @@ def as_torch(batch: Batch, columns: Sequence[str] = COLUMNS) -> TorchBatch:
     cu_seqlens      int32 ``[N + 1]``, where the documents of all rows, laid end to end, begin
                     and end; the padding of a row is one more. For kernels of variable length
     max_seqlen      int, the longest of them
+    teacher         `TopKLogits` of tensors, for `dh_torch_bridge.distillation`; there where the
+                    loader has a ``join`` of `CachedTeacher`
     ==============  ========================================================================
 
     Rows are assembled with ``shift_labels`` in int64, since torch's losses refuse int32; ``labels``
@@ -108,7 +110,10 @@ def as_torch(batch: Batch, columns: Sequence[str] = COLUMNS) -> TorchBatch:
     if "cu_seqlens" in columns or "max_seqlen" in columns:
         made["cu_seqlens"] = document_bounds(torch.from_numpy(segments))
         made["max_seqlen"] = int(made["cu_seqlens"].diff().max())
-    return {name: made[name] for name in columns}
+    found = {name: made[name] for name in columns}
+    if batch.teacher is not None:
+        found["teacher"] = TopKLogits(*map(torch.from_numpy, batch.teacher))
+    return found
 
 
 def document_bounds(segment_ids_BT: torch.Tensor) -> torch.Tensor:

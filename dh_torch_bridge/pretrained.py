@@ -9,6 +9,7 @@ both trainers reads one.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,6 +55,7 @@ def export_run(run: str | Path, out: str | Path, *, dtype: str = "float32") -> i
     model = build_model(config.model, config.model.vocab_size or tokenizer.vocab_size)
     step = read_model(run / "checkpoints", model)
     partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     model.to(getattr(torch, dtype)).save_pretrained(partial)
     tokenizer.save(partial)
     partial.rename(out)

@@ -60,7 +60,9 @@ from dh_torch_bridge.steering import load_steering_state, steer, steering_state
 PATIENCE = 5.0  # seconds that a rank leaves a mistake to rank 0 to tell
 
 # Of a model config: what a plain Llama has not.
-JAX_ONLY = ("qkv_bias", "qk_norm", "rope_scaling", "linear", "lora")
+JAX_ONLY = (
+    "qkv_bias", "qk_norm", "rope_scaling", "linear", "lora", "remat", "attention", "precision",
+)  # fmt: skip
 
 
 def build_llama(config: ModelConfig, vocab_size: int) -> LlamaForCausalLM:

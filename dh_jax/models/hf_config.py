@@ -64,10 +64,12 @@ def from_hf(values: Mapping[str, Any], base: ModelConfig | None = None) -> Model
         raise ConfigError("config.json: partial_rotary_factor other than 1 is not computed here")
     # Qwen3's heads have a width of their own even where config.json does not say so.
     head_width = values.get("head_dim") or (128 if family == "qwen3" else None)
+    # What transformers takes for a key that is missing.
+    kv_heads = values.get("num_key_value_heads", sizes["heads"] if family == "llama" else 32)
     return dataclasses.replace(
         base or ModelConfig(),
         **sizes,
-        kv_heads=int(values.get("num_key_value_heads") or sizes["heads"]),
+        kv_heads=int(kv_heads or sizes["heads"]),
         head_width=head_width,
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",

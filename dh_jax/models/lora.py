@@ -193,16 +193,19 @@ def save_adapters(
     return folder
 
 
-def load_adapters(folder: str | Path, like: Params) -> Params:
+def load_adapters(folder: str | Path, like: Params, config: LoraConfig) -> Params:
     """Read what `save_adapters` or PEFT wrote.
 
     Args:
         like: adapters or their shapes, from `adapt` with the same targets and rank.
+        config: what ``like`` was made with.
 
     Raises:
-        DataError: the file is missing or damaged, or its tensors are others than ``like``.
+        DataError: a file is missing or damaged, or its tensors are others than ``like``.
+        ConfigError: the adapters count for more or less there than ``config`` has them count.
     """
     path = Path(folder) / PEFT_WEIGHTS
+    _refuse_other_scale(Path(folder) / PEFT_CONFIG, config)
     try:
         stored = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -230,6 +233,19 @@ def load_adapters(folder: str | Path, like: Params) -> Params:
     if left := stored.keys() - used:
         raise DataError(f"{path}: {len(left)} tensors more than asked for, as {min(left)!r}")
     return unflatten(found)
+
+
+def _refuse_other_scale(path: Path, config: LoraConfig) -> None:
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as JSON ({error})") from error
+    wanted = {"r": config.rank, "lora_alpha": config.alpha}
+    wanted |= dict.fromkeys(("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"))
+    for key, ours in wanted.items():
+        if (found := there.get(key) or None) != (ours or None):
+            cure = f"take model.lora.alpha={found}" if key == "lora_alpha" else "take others"
+            raise ConfigError(f"{path}: {key} is {found}, not {ours}; {cure}")
 
 
 def _per_layer(adapters: Mapping[str, Any]) -> Params:

@@ -90,6 +90,12 @@ def ready_state(
     """
     optimizer.state.clear()
     own = {name: parameter for name, parameter in named_parameters(model)}
+    on_device = {
+        parameter
+        for group in optimizer.param_groups
+        if group.get("fused") or group.get("capturable")
+        for parameter in group["params"]
+    }
     tensors: dict[str, torch.Tensor] = {}
     for full, saved in there.items():
         kind, _, rest = full.partition(".")
@@ -99,8 +105,9 @@ def ready_state(
         parameter, dtype = own[name], saved.properties.dtype
         if saved.size == parameter.shape:
             value = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
-        else:  # a counter of steps, which optimizers keep on the CPU
-            value = torch.empty(saved.size, dtype=dtype)
+        else:  # a counter of steps, which optimizers keep on the CPU unless a kernel reads it
+            device = parameter.device if parameter in on_device else None
+            value = torch.empty(saved.size, dtype=dtype, device=device)
         optimizer.state[parameter][key] = tensors[full] = value
     return tensors
 

@@ -43,7 +43,7 @@ def test_mappings_of_the_users_own_names_can_be_replaced_and_extended() -> None:
     run = compose_run(["influence=demo", "influence.targets={prose: 1}"])
     assert run.influence.targets == {"prose": 1}
     run = compose_run(["influence=demo", "influence.targets.prose=0.5"])
-    assert run.influence.targets == {"maths": 0.5, "docs": 0.5, "prose": 0.5}
+    assert run.influence.targets == {"maths": 1.0, "prose": 0.5}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from dh_jax.batch import Batch  # noqa: E402
+from dh_jax.batch import Batch, TopKLogits  # noqa: E402
 from dh_jax.data.loader import get_loader  # noqa: E402
 from dh_jax.errors import ConfigError, StateError  # noqa: E402
 from dh_torch_bridge.copies import COPIED  # noqa: E402
@@ -125,6 +125,18 @@ def test_other_columns_say_the_same_of_documents(make_config: Any, store: Path) 
         assert torch.equal(batch["attention_mask"][row, 0], blocks[inside, inside])
     with pytest.raises(ConfigError, match=r"no column 'labls' .did you mean 'labels'"):
         get_torch_loader(config, batch_size=4, columns=["labls"])
+
+
+def test_a_cached_teacher_comes_along(make_config: Any, store: Path) -> None:
+    def join(batch: Batch, origins: Any) -> Batch:
+        ids_BTK = np.repeat(batch.tokens_BT[..., None], 2, -1)
+        logp_BTK = np.full(ids_BTK.shape, -1.0, np.float32)
+        return batch._replace(teacher=TopKLogits(ids_BTK, logp_BTK, logp_BTK[..., 0]))
+
+    with get_torch_loader(make_config(store=str(store)), batch_size=4, join=join) as loader:
+        batch = next(loader)
+    assert torch.equal(batch["teacher"].ids_BTK[..., 1], batch["input_ids"])
+    assert batch["teacher"].log_tail_BT.dtype == torch.float32
 
 
 def test_nothing_is_copied_but_labels(make_config: Any, store: Path) -> None:

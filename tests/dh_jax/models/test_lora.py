@@ -40,8 +40,11 @@ def test_adapters_begin_as_nothing_merge_exactly_and_survive_their_file(
     apart = lora.merge(together, adapters, CONFIG, sign=-1)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), apart, base)
     lora.save_adapters(tmp_path, adapters, CONFIG)
-    back = lora.load_adapters(tmp_path, adapters)
+    back = lora.load_adapters(tmp_path, adapters, CONFIG)
     jax.tree.map(np.testing.assert_array_equal, back, adapters)
+    other = dataclasses.replace(CONFIG, alpha=CONFIG.alpha + 1)
+    with pytest.raises(ConfigError, match=rf"lora_alpha is {CONFIG.alpha}.*model.lora.alpha="):
+        lora.load_adapters(tmp_path, adapters, other)
     for whole, part in zip((base, adapters), lora.split(lora.combine(base, adapters)), strict=True):
         jax.tree.map(np.testing.assert_array_equal, whole, part)
 
