@@ -42,7 +42,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "fsdp2_tp": {"shard": 2, "tensor": 2},
     "pp_fsdp2": {"pipeline": 2, "shard": 2, "schedule": "1f1b"},
     "interleaved_tp": {"pipeline": 2, "tensor": 2, "schedule": "interleaved_1f1b"},
-    "zbv_fsdp2": {"pipeline": 2, "shard": 2, "schedule": "zbv"},  # rank 0 has the table twice
+    # One rank of two has the tied table twice.
+    "zbv_fsdp2": {"pipeline": 2, "shard": 2, "schedule": "zbv", "reshard_after_forward": False},
 }
 
 
