@@ -150,7 +150,8 @@ class InfluenceAwareOptimizer:
             inner=self.inner.init(params),
             step=jnp.zeros((), jnp.int32),
             weights_M=weights_M,
-            policy=self.policy.init(weights_M),
+            # A policy may keep one array in several places; a step that donates wants each its own.
+            policy=jax.tree.map(jnp.copy, self.policy.init(weights_M)),
             nats_M=jnp.zeros_like(weights_M),
             targets_M=jnp.zeros_like(weights_M),
             pace=jax.tree.map(jnp.asarray, first_pace(self.budget, self.warmup))
