@@ -17,7 +17,7 @@ import optax
 
 from dh_jax.batch import Batch
 from dh_jax.distributed.mesh import to_host
-from dh_jax.errors import ConfigError
+from dh_jax.errors import ConfigError, DataError
 from dh_jax.functions import Params
 from dh_jax.influence.alignment import check_targets, source_alignment, target_gradient, target_loss
 from dh_jax.influence.calculator import DataInfCalculator
@@ -240,7 +240,8 @@ class InfluenceAwareOptimizer:
 
         Raises:
             ConfigError: rows of a source or a target probe are missing.
-            DataError: they hold nothing to learn, or their gradient or score is not finite.
+            DataError: they hold nothing to learn, their gradient or score is not finite, or the
+                policy looks at losses and none was observed.
         """
         observation, coverage = self._observation(params, state, sources, probes, key)
         refuse_unknown(observation, self.source_names)
@@ -277,9 +278,10 @@ class InfluenceAwareOptimizer:
         coverage: float | None = None
         if needs & LEARNT:
             if not (state.targets_M > 0).any():
-                raise ConfigError(
-                    "the policy looks at losses, but no step was observed since its last move; "
-                    "call observe after every update"
+                raise DataError(  # not of the config: batches may have held nothing to learn
+                    "the policy looks at losses, but no target was observed since its last move: "
+                    "call observe after every update, or raise mixing.interval where batches hold "
+                    "nothing to learn"
                 )
             seen["loss_M"] = state.nats_M / state.targets_M.clip(min=1)
             seen["tokens_M"] = state.targets_M
