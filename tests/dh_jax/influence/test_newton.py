@@ -82,12 +82,12 @@ def test_scores_are_the_changes_of_leaving_one_out(row):
 
 
 def test_a_ridge_keeps_the_directions_of_little_curvature():
-    """Features of scale 200 beside others of scale 1, in float32, against dense float64: all
+    """Features of scale 500 beside others of scale 1, in float32, against dense float64: all
     curvature along the latter lies under the rounding of the former."""
     rng = np.random.default_rng(1)
-    n, width, ridge = 40, 12, 1e-2
-    x = (rng.normal(size=(n, width)) * np.where(np.arange(width) < 3, 200, 1)).astype(np.float32)
-    w = rng.normal(size=(width, 2)) / np.where(np.arange(width) < 3, 400, 2)[:, None]
+    n, width, ridge = 40, 12, 2e-2
+    x = (rng.normal(size=(n, width)) * np.where(np.arange(width) < 3, 500, 1)).astype(np.float32)
+    w = rng.normal(size=(width, 2)) / np.where(np.arange(width) < 3, 1000, 2)[:, None]
     y = (rng.random(n) < 0.5).astype(np.int32)
 
     def of_rows(params, batch):
@@ -114,7 +114,7 @@ def test_a_ridge_keeps_the_directions_of_little_curvature():
     params = {"kernel": jnp.asarray(w, jnp.float32)}
     state = estimator.fit(params, [batch], KEY)
     got = score(estimator, params, state, [batch], [batch], KEY).values_KN
-    assert np.linalg.norm(got - want) < 0.03 * np.linalg.norm(want)
+    assert np.linalg.norm(got - want) < 0.1 * np.linalg.norm(want)
 
 
 def test_impossible_settings_are_refused():
