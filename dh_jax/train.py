@@ -301,6 +301,8 @@ def _loop(
             if run.distilled and (step % training.eval_interval == 0 or step == training.steps):
                 with phase("distillation", step):
                     log.write(run.distilled.record(step, params, batch))
+            last = step == training.steps
+            judged = step % training.eval_interval == 0 or last
             if optimizer.due(step, state):
                 try:
                     with phase("reweight", step):
@@ -309,6 +311,8 @@ def _loop(
                             keep=config.mixing.on_failure == "keep",
                         )  # fmt: skip
                 except DataError as error:
+                    if judged:  # now: a resumption begins behind this step
+                        judge(step)
                     state = optimizer.spent(state, np.nan, np.nan)  # not at the next step again
                     arrays = _arrays(params, state, run.key)
                     save_run(checkpoints, step, arrays, loader, samplers, run.mesh)
@@ -322,8 +326,7 @@ def _loop(
                     log.write(record)
                     if optimizer.halvings(state) > halvings:
                         compiled.discard("reweight")  # other shapes
-            last = step == training.steps
-            if step % training.eval_interval == 0 or last:
+            if judged:
                 judge(step)
             stopping = any_host(bool(stopped))
             if step % training.checkpoint_interval == 0 or last or stopping:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,11 +22,12 @@ from dh_jax.attribution.config import AttributionConfig, check
 from dh_jax.attribution.rows import Rows, learnt_documents, text_batch
 from dh_jax.attribution.setup import Model, make_estimator, open_model, with_run
 from dh_jax.batch import Batch, checksum
-from dh_jax.config import public_run
+from dh_jax.config import DataConfig, ModelConfig, public_run
 from dh_jax.data.loader import Loader, get_loader
 from dh_jax.data.seeding import derive
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.errors import DataError
+from dh_jax.functions import as_argument
 from dh_jax.influence.estimator import Estimator, Prepared, has_target
 from dh_jax.influence.objective import NotFinite
 from dh_jax.influence.queries import prepare, prepare_means
@@ -79,11 +81,11 @@ def open_influence(config: AttributionConfig) -> Opened:
         )  # fmt: skip
 
     with training() as loader:
-        sources, read = loader.names, loader.get_state()["identity"]
+        sources, read = loader.names, loader.get_state()["identity"] | _order(data, loader)
     queries = read_queries(config, tokenizer)
     settings = dataclasses.asdict(config.estimator)
     identity = {
-        "model": fingerprint(model.params),
+        "model": _model_identity(config.model, model),
         "data": read | {"batch_size": config.batch_size, "documents": config.documents},
         "estimator": settings,
         "self_influence": config.self_influence,
@@ -97,6 +99,25 @@ def open_influence(config: AttributionConfig) -> Opened:
     }
     rows = Rows(training, config.documents)
     return Opened(config, tokenizer, model, estimator, sources, rows, queries, identity)
+
+
+def _model_identity(config: ModelConfig, model: Model) -> dict[str, Any]:
+    """What of a model decides its scores: its arrays, and how they are read.
+
+    Where the arrays came from does not, so a folder may move.
+    """
+    settings = dataclasses.asdict(config)
+    for key in ("name", "pretrained", "vocab_size", "init_scale"):
+        del settings[key]
+    frozen = fingerprint(as_argument(model.objective.loss))  # the base beside adapters
+    return {"params": fingerprint(model.params), "frozen": frozen, "config": settings}
+
+
+def _order(data: DataConfig, loader: Loader) -> dict[str, Any]:
+    """What decides which documents of the sources come first, so which are fitted and scored;
+    the loader's own identity lets it change, as a run in training may."""
+    passes = {name: [x.max_epochs, x.interleave] for name, x in data.sources.items()}
+    return {"weights": loader.weights, "exhausted": data.exhausted, "passes": passes}
 
 
 def read_queries(config: AttributionConfig, tokenizer: TokenizerWrapper) -> Queries:
@@ -119,22 +140,43 @@ def read_queries(config: AttributionConfig, tokenizer: TokenizerWrapper) -> Quer
             ),
             asked.documents,
         )  # fmt: skip
-        group, ids = [], []
+        group: list[Batch] = []
+        places: list[tuple[int, int]] = []  # document and offset of each
         for batch in rows:
             there = np.argwhere(learnt_documents(batch, segments))
             if len(there):
                 group.append(batch)
-                ids += rows.places(there[:, 0], there[:, 1] + 1).document_N.tolist()
-        if not ids:
+                place = rows.places(there[:, 0], there[:, 1] + 1)
+                places += zip(place.document_N.tolist(), place.offset_N.tolist(), strict=True)
+        if not places:
             raise DataError(f"probe {name!r} has no document with anything to predict")
         groups.append(group)
-        total += len(ids)
-        names += [name] if asked.average else [f"{name}/{document_name(i)}" for i in ids]
+        total += len(places)
+        names += [name] if asked.average else [f"{name}/{piece_name(*place)}" for place in places]
     for number, text in enumerate(asked.texts, 1):
         groups.append([text_batch(text, tokenizer, data.max_length)])
         names.append(f"text {number}")
         total += 1
-    return Queries(names, groups, total)
+    return Queries(numbered(names), groups, total)
+
+
+def piece_name(document: int, offset: int) -> str:
+    """A document's id, and where a piece of it begins that is not the first."""
+    return f"{document_name(document)}@{offset}" if offset else document_name(document)
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """Names of which no two are alike: a text that a stream has twice is told by a number.
+
+    >>> numbered(["a", "b", "a"])
+    ['a', 'b', 'a#2']
+    """
+    found: Counter[str] = Counter()
+    out = []
+    for name in names:
+        found[name] += 1
+        out.append(name if found[name] == 1 else f"{name}#{found[name]}")
+    return out
 
 
 class Done(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dh_jax.data.stores.shards import replacing
+from dh_jax.errors import DataError
 from dh_jax.influence.score_store import Shard
 from dh_jax.inspection.rows import document_name
 
@@ -36,7 +38,15 @@ def write_table(
 
     Returns:
         Rows written.
+
+    Raises:
+        DataError: two queries have the same name, so that a column would be lost.
     """
+    if twice := [name for name, count in Counter(queries).items() if count > 1]:
+        raise DataError(
+            f"{len(twice)} names of queries are given more than once, {twice[0]!r} among them; "
+            "each is a column of the table, so name every query apart"
+        )
     many = len(queries) > MOST_QUERIES
     named = [] if many or len(queries) == 1 else [f"score/{name}" for name in queries]
     metadata = {

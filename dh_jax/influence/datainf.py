@@ -99,7 +99,7 @@ def fit(
     squares_B = from_chunks(squares_NC, batch.tokens_BT.shape[0])
     examples = valid_rows(batch).sum()
     damping = {
-        name: settings.damping * x.sum() / (examples.clip(min=1) * selection.blocks[name].size)
+        name: settings.damping * mean_square(x, examples, selection.blocks[name].size)
         for name, x in squares_B.items()
     }
     gradients = {name: x.reshape(-1, *x.shape[2:]) for name, x in kept.items()} if keep else None
@@ -203,6 +203,14 @@ def _score(
 
 
 # --- one block: gradients are (C, *shape), a row each ---
+
+
+def mean_square(squares_B: jax.Array, examples: jax.Array, entries: int) -> jax.Array:
+    """Mean of ``g_i^2`` over examples and a block's entries.
+
+    Divided by one count after the other: their product leaves int32 at 128 examples of 2^24.
+    """
+    return squares_B.sum() / examples.clip(min=1) / float(entries)
 
 
 def _wide(x: jax.Array) -> jax.Array:

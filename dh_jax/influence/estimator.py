@@ -28,6 +28,7 @@ import numpy as np
 
 from dh_jax.batch import Batch
 from dh_jax.functions import Params
+from dh_jax.influence.blame import refuse_scores
 from dh_jax.influence.documents import target_counts
 from dh_jax.influence.gradients import Blocks
 from dh_jax.influence.objective import Data, Scope, checked, refuse_non_finite
@@ -88,9 +89,13 @@ def score(
     prepared = estimator.queries(params, state, queries, key)
     values, places = [], []
     for index, batch, batch_key in checked(documents, estimator.scope, key):
-        scores_KBS = estimator.score(params, state, prepared, batch, batch_key)
-        refuse_non_finite(index, "score", jnp.sum(scores_KBS, axis=0))
+
+        def of_rows(rows: Batch, key: jax.Array = batch_key) -> jax.Array:
+            return estimator.score(params, state, prepared, rows, key)
+
+        scores_KBS = of_rows(batch)
         there_BS = has_target(batch, estimator.scope)
+        refuse_scores(index, batch, scores_KBS, there_BS, of_rows)
         values.append(np.asarray(scores_KBS)[:, there_BS])
         rows, segments = np.nonzero(there_BS)
         places.append(np.stack([np.full_like(rows, index), rows, segments + 1]))

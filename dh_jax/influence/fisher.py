@@ -1,6 +1,12 @@
 """Labels of a Fisher matrix: the true ones, draws from the model, or every label by its weight.
 
 Shapes: B rows, T tokens, V outputs.
+
+Drawn labels are independent, so of a document's outer product ``(sum_t r_t g_t)(...)'`` only
+``sum_t r_t^2 E[g_t g_t']`` is left in expectation. The Gauss-Newton matrix of a loss that weighs
+targets by ``w_t`` is ``sum_t w_t E[g_t g_t']``: drawn labels count by the *root* of their weight,
+which tells where a document's loss is the mean of T targets (``1 / sqrt(T)`` each). The true
+labels' gradient is the document's own, and counts by ``w_t``.
 """
 
 from __future__ import annotations
@@ -16,7 +22,7 @@ from dh_jax.batch import Batch
 from dh_jax.errors import ConfigError, DataError
 from dh_jax.functions import LogitsFn, Params
 from dh_jax.influence.chunks import chunks_and_keys, from_chunks
-from dh_jax.influence.documents import target_counts
+from dh_jax.influence.documents import target_counts, target_weights
 from dh_jax.influence.objective import Objective, Scope
 
 Labels = Literal["sampled", "true", "all"]
@@ -79,7 +85,9 @@ def label_source(objective: Objective, scope: Scope, labels: Labels, samples: in
         draw = chunked(lambda p, rows, k: sample_targets(model, p, rows, k).targets_BT)
 
         def sampled(params: Params, batch: Batch, key: jax.Array) -> list[Labelling]:
-            weights_BT = np.full(batch.targets_BT.shape, samples**-0.5, np.float32)
+            ours = jax.tree.map(jnp.asarray, batch)
+            w_BT = np.asarray(target_weights(ours, scope.max_segments, scope.reduction))
+            weights_BT = (samples * np.where(w_BT > 0, w_BT, 1)) ** -0.5  # w times it is the root
             keys = jax.random.split(key, samples)
             return [(np.asarray(draw(params, batch, k)), weights_BT) for k in keys]
 

@@ -93,12 +93,17 @@ def newton_step(objective: Objective, scope: Scope, *, ridge: float = 0.0) -> Es
             )
             for i in range(0, size, COLUMNS)
         ]
-        matrix = documents * (np.concatenate(columns).astype(np.float64) + ridge * np.eye(size))
+        matrix = documents * np.concatenate(columns).astype(np.float64)
         values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+        # The curvature has no negative values but by rounding; the ridge is known exactly.
+        noise = values[-1] * size * np.finfo(scope.dtype).eps
+        values = values.clip(min=0) + documents * ridge
         if not values[-1] > 0:
             raise DataError(f"the largest curvature is {values[-1]}; there is nothing to invert")
-        # Directions that no logit depends on have no gradient either, and are left alone.
-        enough = values > values[-1] * size * np.finfo(scope.dtype).eps
+        # Without a ridge, directions that no logit depends on can only be told by their noise.
+        # They have no gradient either, and are left alone. A ridge makes every direction sound,
+        # and a cut would take weak ones, that do have a gradient, along with those.
+        enough = values > (0 if ridge else noise)
         inverse = (vectors[:, enough] / values[enough]) @ vectors[:, enough].T
         return Inverse(jnp.asarray(inverse, scope.dtype))
 

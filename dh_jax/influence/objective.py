@@ -129,7 +129,7 @@ class NotFinite(DataError):
         self.index, self.row, self.segment = index, row, segment  # segment counts from 1
 
 
-def refuse_non_finite(index: int, what: str, values_BS: jax.Array) -> None:
+def refuse_non_finite(index: int, what: str, values_BS: jax.Array | np.ndarray) -> None:
     """Raise where a document's value is NaN or infinite, naming batch, row and segment.
 
     Raises:

@@ -17,7 +17,7 @@ import optax
 
 from dh_jax.batch import Batch
 from dh_jax.distributed.mesh import to_host
-from dh_jax.errors import ConfigError
+from dh_jax.errors import ConfigError, DataError
 from dh_jax.functions import Params
 from dh_jax.influence.alignment import check_targets, source_alignment, target_gradient, target_loss
 from dh_jax.influence.calculator import DataInfCalculator
@@ -150,7 +150,8 @@ class InfluenceAwareOptimizer:
             inner=self.inner.init(params),
             step=jnp.zeros((), jnp.int32),
             weights_M=weights_M,
-            policy=self.policy.init(weights_M),
+            # A policy may keep one array in several places; a step that donates wants each its own.
+            policy=jax.tree.map(jnp.copy, self.policy.init(weights_M)),
             nats_M=jnp.zeros_like(weights_M),
             targets_M=jnp.zeros_like(weights_M),
             pace=jax.tree.map(jnp.asarray, first_pace(self.budget, self.warmup))
@@ -239,7 +240,8 @@ class InfluenceAwareOptimizer:
 
         Raises:
             ConfigError: rows of a source or a target probe are missing.
-            DataError: they hold nothing to learn, or their gradient or score is not finite.
+            DataError: they hold nothing to learn, their gradient or score is not finite, or the
+                policy looks at losses and none was observed.
         """
         observation, coverage = self._observation(params, state, sources, probes, key)
         refuse_unknown(observation, self.source_names)
@@ -276,9 +278,10 @@ class InfluenceAwareOptimizer:
         coverage: float | None = None
         if needs & LEARNT:
             if not (state.targets_M > 0).any():
-                raise ConfigError(
-                    "the policy looks at losses, but no step was observed since its last move; "
-                    "call observe after every update"
+                raise DataError(  # not of the config: batches may have held nothing to learn
+                    "the policy looks at losses, but no target was observed since its last move: "
+                    "call observe after every update, or raise mixing.interval where batches hold "
+                    "nothing to learn"
                 )
             seen["loss_M"] = state.nats_M / state.targets_M.clip(min=1)
             seen["tokens_M"] = state.targets_M

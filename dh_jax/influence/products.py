@@ -160,6 +160,7 @@ def batch_product(objective: Objective, scope: Scope, curvature: Curvature) -> B
             assert logits is not None
             draw, key = jax.random.split(key)
             rows = sample_targets(logits, params, rows, draw)
+            weights_BT = jnp.sqrt(weights_BT)  # which the product over labels squares: see fisher
         return fisher_product(loss, selection, vectors, rows, key, weights_BT, S)
 
     @jax.jit

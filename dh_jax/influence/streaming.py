@@ -16,8 +16,9 @@ from dh_jax.batch import Batch, checksum
 from dh_jax.distributed.mesh import to_host
 from dh_jax.errors import StateError
 from dh_jax.functions import Params
+from dh_jax.influence.blame import refuse_scores
 from dh_jax.influence.estimator import Estimator, Prepared, State, has_target
-from dh_jax.influence.objective import checked, refuse_non_finite
+from dh_jax.influence.objective import NotFinite, checked, refuse_non_finite
 
 
 class Scored(NamedTuple):
@@ -57,7 +58,7 @@ def stream(
         scored: the checksum of a batch that was scored already and is passed over, else None.
 
     Raises:
-        NotFinite: a score is not finite (names batch, row and segment).
+        NotFinite: a score or a self-influence is not finite (names batch, row and segment).
         DataError: a row has more segments than the scope allows, or there is no batch.
         StateError: a batch that was scored is another one now.
     """
@@ -71,11 +72,16 @@ def stream(
                     f"{mark}): the data or its order changed; score into another folder"
                 )
             continue
-        scores_KBS = estimator.score(params, state, prepared, batch, batch_key)
-        refuse_non_finite(index, "score", jnp.sum(scores_KBS, axis=0))
+
+        def of_rows(rows: Batch, key: jax.Array = batch_key) -> jax.Array:
+            return estimator.score(params, state, prepared, rows, key)
+
+        scores_KBS = of_rows(batch)
+        refuse_scores(index, batch, scores_KBS, there_BS, of_rows)
         own_BS = None
         if self_influence:
             own_BS = own_influence(estimator, params, state, batch, batch_key)
+            refuse_non_finite(index, "self-influence", own_BS)
         rows, segments = np.nonzero(there_BS)
         yield Scored(
             index,
@@ -96,13 +102,18 @@ def own_influence(
 
     The sign is that of the literature: large for documents that the model has to learn by heart
     (it is minus the score of a document for itself). One row at a time, since the prepared
-    queries of a row are as large as the parameters looked at, once for every document.
+    queries of a row are as large as the parameters looked at, once for every document. NaN where
+    a document's gradient is not fit to be a query.
     """
     there_BS = has_target(batch, estimator.scope)
     own_BS = np.zeros(there_BS.shape, np.float64)
     for b in np.flatnonzero(there_BS.any(axis=1)):
         row: Batch = jax.tree.map(lambda x, b=b: jnp.asarray(x)[b : b + 1], batch)
-        queries = estimator.queries(params, state, [row], key)
+        try:
+            queries = estimator.queries(params, state, [row], key)
+        except NotFinite as error:  # which knows of this row alone
+            own_BS[b, error.segment - 1] = np.nan
+            continue
         scores_KS = to_host(estimator.score(params, state, queries, row, key))[:, 0]
         own_BS[b, there_BS[b]] = -np.diagonal(scores_KS[:, there_BS[b]])
     return own_BS

@@ -39,7 +39,8 @@ def aioli(learning_rate: float = 1.0, exploration: float = 0.25, hold: int = 6) 
 
     Args:
         learning_rate: eta of the paper.
-        exploration: weight outside the source on trial, in [0, 1); 1 - the paper's one-hot factor.
+        exploration: weight outside the source on trial, from 0 to below ``1 - 1 / M``, where all
+            trials would be alike; 1 - the paper's one-hot factor.
         hold: moves for which a round's proportions are in force, at least 1.
 
     Returns:
@@ -53,12 +54,23 @@ def aioli(learning_rate: float = 1.0, exploration: float = 0.25, hold: int = 6) 
         was in force, also where bounds changed it; no average of ``A`` over rounds.
 
     Raises:
-        ConfigError: a number lies outside its range.
+        ConfigError: a number lies outside its range; from ``start``: ``exploration`` is too large
+            for so many sources.
     """
     if not 0 <= exploration < 1:
         raise ConfigError(f"mixing.exploration is {exploration}; it must be in [0, 1)")
     if hold < 1:
         raise ConfigError(f"mixing.hold is {hold} moves; the least is 1")
+
+    def start(weights_M: jax.Array) -> jax.Array:
+        M = weights_M.size
+        if M > 1 and exploration >= 1 - 1 / M:
+            raise ConfigError(
+                f"mixing.exploration is {exploration}; with {M} sources it must be below "
+                f"{1 - 1 / M:.3g} (1 - 1 / sources), or a trial gives its source no more than the "
+                "others; take 0.25"
+            )
+        return equal(weights_M)
 
     def init(weights_M: jax.Array) -> AioliState:
         zeros_M = jnp.zeros_like(weights_M)
@@ -74,7 +86,8 @@ def aioli(learning_rate: float = 1.0, exploration: float = 0.25, hold: int = 6) 
         trials_MM = jnp.where(ended_M[:, None], observation.weights_M, state.trials_MM)
 
         def step() -> jax.Array:
-            law_M = jnp.linalg.solve(trials_MM, drops_M)
+            # As the inverse, but where bounds made trials alike, what they do not tell is 0.
+            law_M = jnp.matmul(jnp.linalg.pinv(trials_MM), drops_M, precision="highest")
             law_M = law_M - law_M.min().clip(max=0)
             law_M = law_M / jnp.where(law_M.sum() > 0, law_M.sum(), 1)
             return jax.nn.softmax(jnp.log(state.proportions_M) + learning_rate * law_M)
@@ -87,4 +100,4 @@ def aioli(learning_rate: float = 1.0, exploration: float = 0.25, hold: int = 6) 
         loss = observation.target_loss.astype(state.loss.dtype)
         return weights_M, AioliState(state.moves + 1, proportions_M, loss, drops_M, trials_MM)
 
-    return Policy(equal, init, update, needs=frozenset({"target_loss"}))
+    return Policy(start, init, update, needs=frozenset({"target_loss"}))

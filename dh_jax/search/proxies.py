@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
@@ -25,7 +25,7 @@ from dh_jax.errors import DataError, UserError
 from dh_jax.search.config import SearchRunConfig
 from dh_jax.train import train
 
-VERSION = 1  # of a result file
+VERSION = 2  # of a result file; 1 left out the moves that left weights as they were
 Progress = Callable[[int, int], None]  # proxies that are done, of how many
 
 
@@ -149,7 +149,7 @@ def train_proxy(config: SearchRunConfig, proxy: Proxy) -> Result:
     result = Result(
         proxy.name,
         proxy.weights,
-        [x["weights"] for x in records if x["kind"] == "reweight"],
+        weights_after_moves(records, proxy.mixing, config.training.steps),
         {name: domain["loss"] for name, domain in last["domains"].items()},
     )
     path = Path(config.out) / "results" / f"{proxy.name}.json"
@@ -157,6 +157,27 @@ def train_proxy(config: SearchRunConfig, proxy: Proxy) -> Result:
     write_json(path, {"version": VERSION, **result._asdict()})
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # hundreds of them would add up
     return result
+
+
+def weights_after_moves(
+    records: Sequence[Mapping[str, Any]], mixing: MixingConfig, steps: int
+) -> list[dict[str, float]]:
+    """The weights after each move of a run; none for weights that are still.
+
+    The log leaves out a move that left weights as they were, but what averages over moves must
+    count it: the weights before are carried over it.
+    """
+    if mixing.policy == "static":
+        return []
+    # The first step's record holds the weights that the run began with.
+    weights: dict[str, float] = next(x["weights"] for x in records if x["kind"] == "train")
+    moved = {x["step"]: x["weights"] for x in records if x["kind"] == "reweight"}
+    found = []
+    for step in range(1, steps + 1):
+        weights = moved.get(step, weights)
+        if step >= mixing.warmup and (step - mixing.warmup) % mixing.interval == 0:
+            found.append(weights)
+    return found
 
 
 # --- several at a time ---------------------------------------------------------------------------

@@ -306,6 +306,19 @@ def test_a_policy_that_gives_nan_stops_the_run_at_a_checkpoint(
     assert records(out, "train")[8]["weights"] == records(out, "train")[7]["weights"]
 
 
+def test_a_run_whose_last_move_fails_is_judged_all_the_same(
+    make_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "make_policy", broken)
+    config = make_run(tmp_path / "run", MixingConfig(interval=4))
+    config.training.steps = config.training.eval_interval = 8
+    with pytest.raises(DataError, match="step 8 is saved"):
+        training.train(config)
+    config.resume = True
+    assert training.train(config)["status"] == "finished"
+    assert [record["step"] for record in records(tmp_path / "run", "eval")] == [0, 8]
+
+
 def test_or_keeps_the_last_weights_and_says_so(
     make_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -335,15 +348,17 @@ def test_losses_are_means_since_the_last_move_and_must_have_been_observed() -> N
     optimizer = optimizer_of(Policy(as_configured, lambda w: (), update, needs))
     params = {"w": jnp.ones(2)}
     state = optimizer.init(params)
-    with pytest.raises(ConfigError, match="call observe after every update"):
+    with pytest.raises(DataError, match="call observe after every update"):
         optimizer.reweight(params, state)
     state = optimizer.observe(state, jnp.asarray([3.0, 0.0]), jnp.asarray([10.0, 0.0]))
     state = optimizer.observe(state, jnp.asarray([1.0, 4.0]), jnp.asarray([30.0, 20.0]))
     state, move = optimizer.reweight(params, state)
     np.testing.assert_allclose(move.weights_M, np.array([1.5, 4.0]) / 5.5, rtol=1e-6)
     np.testing.assert_array_equal(state.policy.tokens_M, [40, 20])
-    with pytest.raises(ConfigError, match="no step was observed"):
-        optimizer.reweight(params, state)
+    # A batch without a target is no mistake of a config: `on_failure` decides.
+    nothing = optimizer.observe(state, jnp.zeros(2), jnp.zeros(2))
+    with pytest.raises(DataError, match="no target was observed"):
+        optimizer.reweight(params, nothing)
 
 
 def test_a_loss_that_is_not_finite_is_named_before_a_policy_can_spread_it() -> None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -18,9 +19,14 @@ from omegaconf import OmegaConf
 from dh_jax import cli
 from dh_jax.attribution.config import AttributionConfig
 from dh_jax.attribution.price import price_influence, refuse_too_large
-from dh_jax.attribution.run import open_influence, score_documents
+from dh_jax.attribution.run import numbered, open_influence, piece_name, score_documents
+from dh_jax.attribution.table import write_table
 from dh_jax.compose import compose
+from dh_jax.config import ModelConfig
 from dh_jax.errors import ConfigError, DataError
+from dh_jax.influence.score_store import Shard
+from dh_jax.models import decoder
+from dh_jax.models.pretrained import save_pretrained
 
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.filterwarnings("ignore::dh_jax.influence.estimator.CoverageWarning")
@@ -75,14 +81,35 @@ def test_other_inputs_are_refused_by_name(
 ) -> None:
     for change, named in (
         ("estimator=gradient_dot", "estimator.name"),
-        ("model.init_scale=0.03", "model"),
+        ("model.init_scale=0.03", "model.params"),
+        ("model.norm_epsilon=0.5", "model.config.norm_epsilon"),  # the same arrays, read otherwise
+        ("model.dtype=bfloat16", "model.config.dtype"),
+        ("data.sources.code.weight=0.4 data.sources.mail.weight=0.3", "data.weights.code"),
         ("data.max_length=48", "data.row_length"),
         ("queries.probes=[mail]", "queries.batches"),
     ):
-        words = [f"data={data_file}", *SMALL, f"out={finished}", change]
+        words = [f"data={data_file}", *SMALL, f"out={finished}", *change.split()]
         assert cli.main(["influence", *words]) == 2
         said = capsys.readouterr().err
         assert "holds scores of other inputs" in said and named in said
+
+
+def test_adapters_are_known_with_their_base(data_file: Path, tmp_path: Path) -> None:
+    """Fresh adapters are the same beside any base; what differs are the base's numbers."""
+    shape = ModelConfig(width=16, layers=1, heads=2, kv_heads=1, mlp_width=24)
+    models = []
+    for name in ("one", "two", "moved"):
+        drawn = decoder.build(shape, 600, jax.random.key(name == "two"))[1]
+        folder = save_pretrained(tmp_path / name, shape, drawn)
+        words = [
+            f"data={data_file}", "model=pretrained", f"model.pretrained={folder}",
+            "model.lora.rank=2", "data.packing.max_segments=1", "queries.documents=1",
+        ]  # fmt: skip
+        config = compose("attribution", AttributionConfig, words)
+        models.append(open_influence(config).identity["model"])
+    one, two, moved = models
+    assert one["params"] == two["params"] and one["frozen"] != two["frozen"]
+    assert moved == one
 
 
 @pytest.mark.slow
@@ -212,3 +239,40 @@ def test_mistakes_are_named(
 ) -> None:
     assert cli.main(["influence", f"data={data_file}", *SMALL, change]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_every_piece_of_a_probe_document_has_a_column(data_file: Path, tmp_path: Path) -> None:
+    """Rows of 8 tokens, so that documents come in pieces."""
+    words = [
+        f"data={data_file}", *SMALL, f"out={tmp_path}", "data.max_length=8", "documents=4",
+        "queries.average=false", "queries.documents=12", "queries.probes=[code]", "tinted=0",
+    ]  # fmt: skip
+    assert cli.main(["influence", *words]) == 0
+    facts = json.loads((tmp_path / "influence.json").read_text())
+    names = facts["queries"]
+    assert len(names) == len(set(names)) >= 12
+    assert any("@8" in name for name in names) and any("@" not in name for name in names)
+    table = pq.read_table(tmp_path / "scores.parquet")
+    columns = [name for name in table.column_names if name.startswith("score/")]
+    assert columns == [f"score/{name}" for name in names]
+    each = np.stack([table[name].to_numpy() for name in columns])
+    np.testing.assert_allclose(table["score"].to_numpy(), each.mean(axis=0), atol=1e-6)
+
+
+def test_pieces_are_named_apart_and_a_table_refuses_names_given_twice(tmp_path: Path) -> None:
+    assert piece_name(10, 0) == "000000000000000a" and piece_name(10, 64) == "000000000000000a@64"
+    assert numbered(["a", "b", "a", "a"]) == ["a", "b", "a#2", "a#3"]
+    columns = {
+        "document": np.arange(2, dtype=np.uint64), "offset": np.zeros(2, np.int64),
+        "tokens": np.ones(2, np.int32), "targets": np.ones(2, np.int32),
+        "source": np.zeros(2, np.int32),
+    }  # fmt: skip
+    shard = Shard("x", np.array([[1, 1], [2, 2], [3, 3]], np.float32), columns)
+    path = tmp_path / "scores.parquet"
+    with pytest.raises(DataError, match="1 names of queries are given more than once, 'maths/a'"):
+        write_table(path, [shard], ["maths/a", "maths/a", "maths/b"], ["maths"], {})
+    assert not path.exists()
+    write_table(path, [shard], numbered(["maths/a", "maths/a", "maths/b"]), ["maths"], {})
+    table = pq.read_table(path).to_pydict()
+    assert [table[f"score/maths/{name}"][0] for name in ("a", "a#2", "b")] == [1, 2, 3]

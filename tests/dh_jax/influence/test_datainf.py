@@ -11,6 +11,7 @@ import pytest
 
 from dh_jax.errors import ConfigError, DataError
 from dh_jax.influence.calculator import DataInfCalculator
+from dh_jax.influence.datainf import mean_square
 from tests.dh_jax.influence import tiny
 
 KEY = jax.random.PRNGKey(7)
@@ -102,6 +103,16 @@ def test_scores_equal_a_literal_loop_over_the_formula(model):
     want = literal_scores(g, want_v, gradients(loss_fn, params, rows), 0.3)
     np.testing.assert_allclose(got, want, rtol=1e-6)
     assert got.dtype == np.float64
+
+
+@pytest.mark.parametrize("examples", [127, 128, 192, 256])
+def test_damping_of_a_large_block_does_not_leave_int32(examples):
+    """127 examples of 2^24 entries are the last whose product an int32 holds."""
+    squares_B = np.random.default_rng(examples).random(examples)
+    got = jax.jit(mean_square, static_argnums=2)(
+        jnp.asarray(squares_B, jnp.float32), jnp.int32(examples), 1 << 24
+    )
+    np.testing.assert_allclose(got, squares_B.mean() / 2**24, rtol=1e-6)
 
 
 def dense_scores(fishers, v, queries):

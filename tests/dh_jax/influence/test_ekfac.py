@@ -183,6 +183,48 @@ def test_all_labels_are_what_many_samples_tend_to():
         ekfac(tapped_tiny.TAPPED, scope, labels="all").fit(params, [rows(3, 6)[1]], KEY)
 
 
+@functools.cache
+def gauss_newton_traces(reduction):
+    """Trace of each tensor's dense Gauss-Newton matrix, in float64; a bias is with its kernel."""
+    batch = rows(6, 6)[1]
+    counts = np.pad(tiny.target_counts(batch, S), ((0, 0), (1, 0)))
+    of_tokens = np.take_along_axis(counts, batch.segment_ids_BT, axis=1)
+    assert len(np.unique(of_tokens[of_tokens > 0])) > 2  # documents of different lengths
+    w = batch.loss_mask_BT / (np.maximum(of_tokens, 1) if reduction == "mean" else 1)
+    params = tapped_tiny.make_params(KEY)
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), params)
+        p = jax.nn.softmax(tapped_tiny.logits(params, batch))
+        M = jnp.einsum("btv,vw->btvw", p, jnp.eye(tiny.VOCAB)) - p[..., None] * p[..., None, :]
+        traces = {}
+        for path, J in gradients_of_logits(params, batch).items():
+            trace = jnp.einsum("bt,btvp,btvw,btwp->", w, J, M, J) / (counts > 0).sum()
+            owner = path.replace("bias", "kernel")
+            traces[owner] = traces.get(owner, 0.0) + float(trace)
+    return traces
+
+
+def gradients_of_logits(params, batch):
+    """(B, T, V, P) Jacobians by path."""
+    J = jax.jit(jax.jacfwd(lambda params: tapped_tiny.logits(params, batch)))(params)
+    leaves = jax.tree_util.tree_flatten_with_path(J)[0]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): x.reshape(*x.shape[:3], -1)
+        for path, x in leaves
+    }
+
+
+@pytest.mark.parametrize("reduction", ["mean", pytest.param("sum", marks=pytest.mark.slow)])
+def test_sampled_labels_have_the_trace_of_the_gauss_newton_matrix(reduction):
+    """Lambda sums to the mean squared gradient, whatever the basis; so it must to the trace."""
+    params, batch = tapped_tiny.make_params(KEY), rows(6, 6)[1]
+    estimator = ekfac(tapped_tiny.TAPPED, Scope(SCOPED, S, reduction), samples=100)
+    factors = estimator.fit(params, [batch], KEY)
+    want = gauss_newton_traces(reduction)
+    for path, factor in factors.items():
+        assert abs(float(factor[-1].sum()) / want[path] - 1) < 0.2, path  # 1 - 1/T otherwise
+
+
 @pytest.mark.slow
 def test_sampled_labels_are_the_same_for_the_same_key():
     params = tapped_tiny.make_params(KEY)

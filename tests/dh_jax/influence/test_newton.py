@@ -81,6 +81,42 @@ def test_scores_are_the_changes_of_leaving_one_out(row):
     assert 0.95 < np.polyfit(got.ravel(), truth.ravel(), 1)[0] < 1.05
 
 
+def test_a_ridge_keeps_the_directions_of_little_curvature():
+    """Features of scale 500 beside others of scale 1, in float32, against dense float64: all
+    curvature along the latter lies under the rounding of the former."""
+    rng = np.random.default_rng(1)
+    n, width, ridge = 40, 12, 2e-2
+    x = (rng.normal(size=(n, width)) * np.where(np.arange(width) < 3, 500, 1)).astype(np.float32)
+    w = rng.normal(size=(width, 2)) / np.where(np.arange(width) < 3, 1000, 2)[:, None]
+    y = (rng.random(n) < 0.5).astype(np.int32)
+
+    def of_rows(params, batch):
+        return jnp.asarray(x)[batch.tokens_BT] @ params["kernel"]
+
+    def nats(params, batch, key):
+        log_p = jax.nn.log_softmax(of_rows(params, batch))
+        return -jnp.take_along_axis(log_p, batch.targets_BT[..., None], axis=-1)[..., 0]
+
+    wide = x.astype(np.float64)
+    z = wide @ w
+    p = np.exp(z - z.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    bend = np.einsum("nv,vw->nvw", p, np.eye(2)) - np.einsum("nv,nw->nvw", p, p)
+    h = np.einsum("ni,nj,nvw->nivjw", wide, wide, bend).reshape(n, 2 * width, 2 * width)
+    g = (wide[:, :, None] * (p - np.eye(2)[y])[:, None]).reshape(n, -1)
+    H = h.sum(axis=0) + n * ridge * np.eye(2 * width)
+    want = np.stack([-g @ np.linalg.solve(H - h[i], g[i]) for i in range(n)], axis=1)
+
+    one = np.ones((n, 1), np.int32)
+    tokens = np.arange(n, dtype=np.int32)[:, None]
+    batch = Batch(tokens, y[:, None], one > 0, one, 0 * one, np.zeros(n, np.int32))
+    estimator = newton_step(Objective(nats, of_rows), Scope(), ridge=ridge)
+    params = {"kernel": jnp.asarray(w, jnp.float32)}
+    state = estimator.fit(params, [batch], KEY)
+    got = score(estimator, params, state, [batch], [batch], KEY).values_KN
+    assert np.linalg.norm(got - want) < 0.1 * np.linalg.norm(want)
+
+
 def test_impossible_settings_are_refused():
     with pytest.raises(ConfigError, match=r"needs Objective\.logits"):
         newton_step(Objective(loss), Scope())

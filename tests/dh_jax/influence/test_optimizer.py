@@ -10,11 +10,13 @@ import numpy as np
 import optax
 import pytest
 
+from dh_jax.config import MixingConfig, StageConfig
 from dh_jax.errors import ConfigError, DataError
 from dh_jax.influence.calculator import DataInfCalculator
 from dh_jax.influence.optimizer import InfluenceAwareOptimizer, resolve_targets, source_influence
 from dh_jax.mixing.influence import influence
-from dh_jax.mixing.policy import Policy, static, uniform
+from dh_jax.mixing.policy import Observation, Policy, static, uniform
+from dh_jax.mixing.registry import MOVING, PLANNED, make_policy
 from tests.dh_jax.influence import tiny
 
 KEY = jax.random.PRNGKey(3)
@@ -60,6 +62,31 @@ def steering(policy=None, optimizer=None, **options):
 
 def rows_of(rng, rows, names=NAMES):
     return {name: sample(rng, CHAINS[name], rows) for name in names}
+
+
+# --- buffers ---
+
+
+@pytest.mark.parametrize("name", [*PLANNED, *MOVING])
+def test_a_state_made_outside_jit_may_be_donated(name):
+    """No two of its arrays share a buffer, neither at the start nor after a move."""
+    fields = {
+        "doremi": {"reference": dict.fromkeys(NAMES, 1.0)},
+        "schedule": {"stages": [StageConfig(5, {"first": 1.0})]},
+        "aioli": {"exploration": 0.25},
+    }.get(name, {})
+    config = MixingConfig(policy=name, sizes=dict.fromkeys(NAMES, 2.0), **fields)
+    policy = make_policy(config, NAMES)
+    optimizer = steering(policy, optax.sgd(0.1), budget=0.1)
+    donated = jax.jit(lambda state: jax.tree.map(lambda x: x + 0, state), donate_argnums=0)
+    state = donated(optimizer.init({"w": jnp.ones(4)}))
+    seen = Observation(
+        state.step, state.weights_M, loss_M=jnp.ones(3), tokens_M=jnp.ones(3),
+        influence_M=jnp.arange(3.0), alignment_M=jnp.arange(3.0), norm_M=jnp.ones(3),
+        target_loss=jnp.float32(1),
+    )  # fmt: skip
+    weights_M, policy_state = jax.jit(policy.update)(seen, state.policy)
+    donated(state._replace(weights_M=weights_M, policy=policy_state))
 
 
 # --- the planted case ---

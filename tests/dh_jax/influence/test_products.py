@@ -144,19 +144,23 @@ def test_how_data_is_split_does_not_matter(curvature):
         assert error.max() < 1e-6
 
 
-@pytest.mark.slow
-def test_sampled_fisher_tends_to_the_gauss_newton_matrix():
-    """The mean over many draws; documents of several targets, so cross terms must cancel."""
-    params = tiny.sequence_params(KEY)
-    batch, vectors = documents(2), stacked(params, 3, jnp.float32)
-    want = as_rows(operator(params, [batch], "gauss_newton")(vectors))
+@pytest.mark.parametrize("reduction", [pytest.param("sum", marks=pytest.mark.slow), "mean"])
+def test_sampled_fisher_tends_to_the_dense_gauss_newton_matrix(reduction):
+    """The mean over many draws; documents of several targets, so cross terms must cancel, and of
+    different lengths, so that no one factor makes up for wrong weights."""
     draws = 1000
-    kernel = product("sampled_fisher")
-    n = (tiny.target_counts(batch, S) > 0).sum()
-    each = jax.jit(lambda keys: jax.lax.map(lambda k: kernel(params, vectors, batch, k), keys))(
-        jax.random.split(KEY, draws)
-    )
-    each = np.stack([as_rows({n: v[i] for n, v in each.items()}) for i in range(draws)]) / n
+    with jax.enable_x64(True):
+        params, batch = tiny.sequence_params(KEY, jnp.float64), documents()
+        vectors = stacked(params, 3, jnp.float64)
+        want = as_rows(vectors) @ dense("gauss_newton", reduction)
+        kernel = product("sampled_fisher", reduction)
+        counts = tiny.target_counts(batch, S)
+        assert len(np.unique(counts[counts > 0])) > 2
+        each = jax.jit(lambda keys: jax.lax.map(lambda k: kernel(params, vectors, batch, k), keys))(
+            jax.random.split(KEY, draws)
+        )
+        each = np.stack([as_rows({p: v[i] for p, v in each.items()}) for i in range(draws)])
+    each /= (counts > 0).sum()
     spread = each.std(axis=0) / draws**0.5
     z = (each.mean(axis=0) - want) / np.maximum(spread, 1e-9)
     assert np.abs(z).max() < 5  # 3 x 115 entries

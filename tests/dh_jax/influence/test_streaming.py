@@ -200,3 +200,49 @@ def test_what_is_not_finite_is_named():
     with pytest.raises(DataError, match=r"query 1 of 1: its group has no document"):
         empty = data()[1][0]._replace(loss_mask_BT=np.zeros((3, T), bool))
         prepare_means(estimator, params, state, [[empty]], KEY)
+
+
+def packed_with(token):
+    """Two batches of two rows of documents without a token, but for one: batch 1, row 1, third."""
+    rows = [[np.array([1, 2, 1]), np.array([3, 2, 4]), np.array([4, 1, 3, 2])] for _ in range(2)]
+    fine = tiny.pack(rows, 12)
+    rows[1][2] = np.array([4, 1, token, 2])
+    return [fine, tiny.pack(rows, 12)]
+
+
+@pytest.mark.parametrize(
+    ("objective", "make_params"),
+    [
+        (Objective(tiny.sequence_loss), tiny.sequence_params),
+        pytest.param(tapped_tiny.TAPPED, tapped_tiny.make_params, marks=pytest.mark.slow),
+    ],
+)
+def test_a_broken_document_is_told_from_the_others_of_its_row(objective, make_params):
+    """Both models average over the row with weights that are 0 at other documents' NaN."""
+    params, documents = make_params(KEY), packed_with(5)
+    estimator = gradient_dot(objective, Scope(max_segments=4, chunk=2))
+    prepared = estimator.queries(params, (), documents[:1], KEY)
+    params["embed"] = jax.tree.map(lambda x: x.at[5].set(jnp.nan), params["embed"])
+    scores = np.asarray(estimator.score(params, (), prepared, documents[1], KEY))
+    assert np.isnan(scores[:, 1, 0]).any()  # the first document's too
+    said = r"batch 1, row 1, document \(segment\) 3: score is not finite \(1 such in the batch\)"
+    with pytest.raises(NotFinite, match=said) as found:
+        list(stream(estimator, params, (), prepared, documents, KEY))
+    assert (found.value.index, found.value.row, found.value.segment) == (1, 1, 3)
+    with pytest.raises(NotFinite, match=said):
+        score(estimator, params, (), [documents[0]], documents, KEY)
+
+
+def test_a_self_influence_that_is_not_finite_is_named():
+    """A gradient of 1e25 has scores for other queries, but no square in float32."""
+
+    def steep(params, batch, key):
+        return tiny.mlp_loss(params, batch, key) * jnp.where(batch.tokens_BT == 5, 1e25, 1)
+
+    params, documents = tiny.mlp_params(KEY), packed_with(5)
+    estimator = gradient_dot(Objective(steep), Scope(max_segments=4))
+    prepared = estimator.queries(params, (), documents[:1], KEY)
+    assert len(list(stream(estimator, params, (), prepared, documents, KEY))) == 2
+    said = r"batch 1, row 1, document \(segment\) 3: self-influence is not finite \(1 such"
+    with pytest.raises(NotFinite, match=said):
+        list(stream(estimator, params, (), prepared, documents, KEY, self_influence=True))

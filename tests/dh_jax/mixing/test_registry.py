@@ -98,3 +98,36 @@ def test_bounds_freeze_and_average_wrap_a_policy_by_config():
 def test_impossible_mixing_configs_are_refused(fields, message):
     with pytest.raises(ConfigError, match=message):
         make_policy(MixingConfig(**fields), NAMES)
+
+
+@pytest.mark.parametrize(("sources", "exploration"), [(2, 0.5), (3, 0.7), (4, 0.75)])
+def test_trials_of_aioli_that_would_be_alike_are_refused(sources, exploration):
+    names = list("abcd")[:sources]
+    config = MixingConfig(policy="aioli", exploration=exploration, min_weight=0.0, max_weight=1.0)
+    policy = make_policy(config, names)
+    with pytest.raises(ConfigError, match=f"with {sources} sources it must be below 0.*take 0.25"):
+        policy.start(jnp.full(sources, 1 / sources))
+    np.testing.assert_array_equal(make_policy(config, names[:1]).start(jnp.ones(1)), [1])
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        {"code": [0.2, 0.2], "prose": [0.4, 0.4], "maths": [0.4, 0.4]},  # every weight is fixed
+        {"code": [0.1, 0.1], "prose": [0.1, 0.1]},  # two are, and so the third
+        {"maths": [0.1, 0.1]},
+    ],
+)
+def test_aioli_stays_finite_where_bounds_make_its_trials_alike(bounds):
+    config = MixingConfig(policy="aioli", bounds=bounds, min_weight=0.0, max_weight=1.0, hold=2)
+    policy = make_policy(config, NAMES)
+    weights = policy.start(WEIGHTS)
+    state = policy.init(weights)
+    for step, loss in enumerate(np.linspace(5, 4, 12) ** 2):  # two rounds
+        seen = Observation(jnp.int32(step), weights, target_loss=jnp.float32(loss))
+        weights, state = policy.update(seen, state)
+        assert np.isfinite(state.proportions_M).all()
+        for name, weight in zip(NAMES, weights, strict=True):
+            low, high = bounds.get(name, (0.0, 1.0))
+            assert np.float32(low) - 1e-6 <= weight <= np.float32(high) + 1e-6
+    np.testing.assert_allclose(weights.sum(), 1, atol=1e-6)

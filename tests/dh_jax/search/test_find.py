@@ -8,12 +8,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dh_jax.config import InfluenceConfig, MeshConfig, TrainingConfig, load_data_config, weights_of
+from dh_jax.config import (
+    InfluenceConfig,
+    MeshConfig,
+    MixingConfig,
+    TrainingConfig,
+    load_data_config,
+    weights_of,
+)
 from dh_jax.errors import ConfigError, DataError, StateError
 from dh_jax.mixing import regmix
+from dh_jax.mixing.doremi import average_weights, doremi
+from dh_jax.mixing.policy import Observation
 from dh_jax.search import SearchConfig, SearchRunConfig, find_weights, write_search_report
 from dh_jax.search import proxies as trained
 from dh_jax.search.find import judge, warning_of
@@ -241,3 +251,37 @@ def test_a_probe_that_holds_nothing_is_named(
     monkeypatch.setattr(np, "square", lambda x: np.full(3, np.nan))
     with pytest.raises(DataError, match=r"proxy 0..: the loss of probe 'sums' is nan"):
         find_weights(make_search())
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [[[1.0, 1.0]] * 8 + [[4.0, 1.0]] * 2, [[40.0, 1.0]] * 8 + [[1.0, 4.0]] * 2],
+    ids=["still", "saturated"],
+)
+def test_a_move_that_left_weights_as_they_were_counts_in_the_mean(losses: Any) -> None:
+    """Against DoReMi's own mean over all of its moves."""
+    names = ("code", "mail")
+    mixing = MixingConfig(policy="doremi", interval=1)
+    policy = doremi([2.0, 2.0])
+    weights_M = policy.start(jnp.array([0.3, 0.7]))
+    state = policy.init(weights_M)
+
+    def named(weights_M: Any) -> dict[str, float]:
+        return dict(zip(names, np.asarray(weights_M, float).tolist(), strict=True))
+
+    records = [{"kind": "train", "step": 1, "weights": named(weights_M)}]
+    for step, loss_M in enumerate(losses, 1):
+        observation = Observation(
+            jnp.int32(step), weights_M, loss_M=jnp.array(loss_M), tokens_M=jnp.ones(2)
+        )
+        new_M, state = policy.update(observation, state)
+        if (new_M != weights_M).any():  # as `dh_jax.steering.move_weights` logs
+            records.append({"kind": "reweight", "step": step, "weights": named(new_M)})
+        weights_M = new_M
+    assert len(records) < 1 + len(losses)
+    moves = trained.weights_after_moves(records, mixing, len(losses))
+    got = average_weights([list(move.values()) for move in moves])
+    np.testing.assert_allclose(got, state.mean_M, atol=1e-6)
+    later = trained.weights_after_moves(records, MixingConfig("doremi", interval=4, warmup=2), 10)
+    assert later == [moves[1], moves[5], moves[9]]
+    assert trained.weights_after_moves(records, MixingConfig(), 10) == []
