@@ -240,7 +240,7 @@ def _refuse_other_scale(path: Path, config: LoraConfig) -> None:
         there = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as JSON ({error})") from error
-    wanted = {"r": config.rank, "lora_alpha": config.alpha}
+    wanted: dict[str, Any] = {"r": config.rank, "lora_alpha": config.alpha}
     wanted |= dict.fromkeys(("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"))
     for key, ours in wanted.items():
         if (found := there.get(key) or None) != (ours or None):
