@@ -262,7 +262,8 @@ class PackedIterator(grain.DatasetIterator[Row]):
         super().__init__(windows)
         self._row_length, self._packing, self._shuffle = row_length, packing, shuffle
         self._recent: OrderedDict[str, _Planned] = OrderedDict()
-        self._at = self._reader_at = windows.get_state()
+        self._at = windows.get_state()
+        self._reader_at: dict[str, Any] | None = self._at  # None: amid a window that failed
         self._following, self._left, self._row = False, "", 0
         self._planned: _Planned | None = None  # the window of the next row, once it is needed
 
@@ -292,9 +293,8 @@ class PackedIterator(grain.DatasetIterator[Row]):
     def _read_and_plan(self, last: _Planned | None) -> _Planned:
         before, at = None, self._at
         if self._following:
-            before = last.window if last else self._read(at)
-            at = last.after if last else self._reader_at
-        window = self._read(at)
+            before, at = (last.window, last.after) if last else self._read(at)
+        window, after = self._read(at)
         if self._left and before:
             joined = carry(before, self._left, window)
         elif window is None:
@@ -302,15 +302,16 @@ class PackedIterator(grain.DatasetIterator[Row]):
         else:
             joined = window
         packed = pack(joined, self._row_length, self._packing, shuffle=self._shuffle)
-        return _Planned(window, packed, at, self._reader_at)
+        return _Planned(window, packed, at, after)
 
-    def _read(self, at: dict[str, Any]) -> Window | None:
-        """The window behind a state; None where there is no more."""
+    def _read(self, at: dict[str, Any]) -> tuple[Window | None, dict[str, Any]]:
+        """The window behind a state (None where there is no more), and the state behind that."""
         if self._reader_at != at:
             self._parent.set_state(at)
+        self._reader_at = None  # a read that fails stops anywhere; the next one sets the state anew
         window = next(self._parent, None)
-        self._reader_at = self._parent.get_state()
-        return window
+        self._reader_at = after = self._parent.get_state()
+        return window, after
 
     def get_state(self) -> dict[str, Any]:
         """JSON-able state behind the last row: epoch, window, row, and what was left over."""

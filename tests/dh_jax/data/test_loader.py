@@ -237,26 +237,39 @@ def test_probes_may_be_named_and_are_disjoint_from_training(make_config: Any, st
         assert held_out and not held_out & {d for _ in train for d, _, _ in pieces(train)}
 
 
-def test_a_failed_batch_is_not_lost(make_config: Any, tmp_path: Path) -> None:
-    """A corrupt line stops the loader where it stands; once mended, it goes on from there."""
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_a_failed_batch_is_not_lost(make_config: Any, tmp_path: Path, prefetch: int) -> None:
+    """A corrupt line stops the loader where it stands, amid a window. Once it is mended, that very
+    loader goes on from there, and so does another one with its state."""
     path = tmp_path / "a.jsonl"
     good = [json.dumps({"text": f"document {i} " * 20}) + "\n" for i in range(40)]
-    path.write_text("".join(good[:20]) + '{"text": broken\n' + "".join(good[21:]))
+    corrupt = good[20].replace('"', " ")  # of the same size
+    path.write_text("".join([*good[:20], corrupt, *good[21:]]))
     sources = {"a": {"kind": "files", "paths": [str(path)]}}
-    config = make_config(sources=sources, packing={"window": 8})
-    with get_loader(config, batch_size=2, shuffle=False, repeat=False) as loader:
+    config = make_config(sources=sources, packing={"window": 8}, splits={"probe": 0.0, "eval": 0.0})
+
+    def open_one() -> Loader:
+        return get_loader(config, batch_size=2, shuffle=False, repeat=False, prefetch=prefetch)
+
+    def rest(loader: Loader) -> list[Any]:
+        return [p for _ in loader for p in pieces(loader)]
+
+    with open_one() as loader, open_one() as other:
         taken: list[Any] = []
-        with pytest.raises(DataError, match=r"a\.jsonl:21"):
-            for _ in loader:
-                taken += pieces(loader)
-        state = loader.get_state()
-    assert taken
-    path.write_text("".join(good[:20]) + " " * 14 + "\n" + "".join(good[21:]))
-    with get_loader(make_config(sources=sources, packing={"window": 8}), batch_size=2,
-                    shuffle=False, repeat=False) as whole:  # fmt: skip
-        everything = [p for _ in whole for p in pieces(whole)]
-    assert everything[: len(taken)] == taken
-    assert state["batches"] > 0
+        for _ in range(2):  # the second time nothing was mended yet
+            with pytest.raises(DataError, match=r"a\.jsonl:21"):
+                for _ in loader:
+                    taken += pieces(loader)
+        assert taken and loader.get_state()["batches"] > 0
+        path.write_text("".join(good))
+        other.set_state(loader.get_state())
+        with open_one() as whole:
+            everything = rest(whole)
+        assert {document for document, _, _ in everything} == {
+            document_id(json.loads(line)["text"]) for line in good
+        }
+        assert taken + rest(loader) == everything
+        assert taken + rest(other) == everything
 
 
 def test_a_state_of_another_row_length_or_tokenizer_is_refused(open_loader: Any) -> None:
