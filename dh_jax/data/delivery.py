@@ -77,9 +77,12 @@ class Loader:
             if self._worker is None:
                 made = self._make()
             else:
+                if self._ahead and self._ahead[0].cancelled():  # a second Ctrl-C broke off the
+                    self._take_back()  # taking back after the first
                 while len(self._ahead) <= self._prefetch:
                     self._ahead.append(self._worker.submit(self._make))
-                made = self._ahead.popleft().result()
+                made = self._ahead[0].result()
+                self._ahead.popleft()  # only now: what is not in it is not taken back
         except BaseException:  # also Ctrl-C: what was drawn and not delivered must come again
             self._take_back()
             raise
