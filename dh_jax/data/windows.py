@@ -13,10 +13,11 @@ from typing import Any
 import grain
 import numpy as np
 
+from dh_jax.config import SplitConfig
 from dh_jax.data.packing import Shards, Window
 from dh_jax.data.permutation import permuted
 from dh_jax.data.seeding import derive
-from dh_jax.data.sources import Document
+from dh_jax.data.sources import Document, split_of
 from dh_jax.data.store import StoredDocuments
 from dh_jax.data.stores.shards import BlockGuard
 from dh_jax.data.text.encoding import Encoder, join
@@ -117,6 +118,7 @@ class StreamWindows(grain.IterDataset[Window]):
         epochs: passes before the windows end; None for no end.
         held_out: ids that must not appear here (documents of explicit probe and eval sets).
         on_error: what to do with one that does: ``raise``, or ``skip`` and count it.
+        gives_way: leave out, and count, documents that these splits by content would hold out.
     """
 
     def __init__(
@@ -130,11 +132,12 @@ class StreamWindows(grain.IterDataset[Window]):
         epochs: int | None,
         held_out: frozenset[int] = frozenset(),
         on_error: str = "raise",
+        gives_way: SplitConfig | None = None,
     ):
         super().__init__()
         self.name, self.open_epoch, self.encode, self.size = name, open_epoch, encode, size
         self.seed, self.epochs = seed, epochs
-        self.held_out, self.on_error = held_out, on_error
+        self.held_out, self.on_error, self.gives_way = held_out, on_error, gives_way
 
     def __iter__(self) -> StreamIterator:
         return StreamIterator(self)
@@ -189,6 +192,7 @@ class StreamIterator(grain.DatasetIterator[Window]):
     def _read(self) -> list[Document]:
         """Up to a window of documents; fewer only at the end of the epoch."""
         documents: list[Document] = []
+        splits = self._dataset.gives_way
         while len(documents) < self._dataset.size:
             document = next(self._documents, None)
             if document is None:
@@ -198,9 +202,12 @@ class StreamIterator(grain.DatasetIterator[Window]):
                     raise DataError(
                         f"source {self._dataset.name!r}: {document.where} is also in a probe or "
                         "eval set; take it out of one of them, give the probe 'split: hash', or "
-                        "set on_error: skip to leave it out of training"
+                        "set on_error: skip to leave it out here"
                     )
                 self._skipped["held_out"] += 1
+                continue
+            if splits is not None and split_of(document.id, splits) != "train":
+                self._skipped["held_out_by_hash"] += 1
                 continue
             documents.append(document)
         return documents
