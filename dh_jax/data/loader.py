@@ -149,6 +149,7 @@ def get_loader(
             "split": split,
             "seed": seed,
             "sources": {n: _fingerprint(*source, config, wrapper) for n, source in chosen.items()},
+            "stores": {n: part.fingerprint for n, part in stored.items() if part is not None},
         },
         join=join,
         unlearnt=unlearnt,

@@ -221,11 +221,6 @@ class MixedIterator(grain.DatasetIterator[MixedRow]):
         else:  # the others share what it would have had
             self._weights /= total
 
-    def skipped(self, name: str) -> dict[str, int]:
-        """Documents that a streamed source left out so far, by reason; empty for a store."""
-        windows = self._parents[self.names.index(name)]._parent
-        return dict(getattr(windows, "skipped", {}))
-
     # --- state ---
 
     def snapshot(self) -> Snapshot:

@@ -169,8 +169,8 @@ class StreamIterator(grain.DatasetIterator[Window]):
         if not documents and self._epoch + 1 != self._dataset.epochs:
             self._kept = False
             self._skipped.update(self._documents.skipped)
-            self._epoch, self._index = self._epoch + 1, 0
-            self._documents = iter(self._dataset.open_epoch(self._epoch))
+            self._index = 0
+            self._open(self._epoch + 1)
             documents = self._read()
         if not documents:
             raise StopIteration
@@ -223,8 +223,18 @@ class StreamIterator(grain.DatasetIterator[Window]):
 
     def set_state(self, state: dict[str, Any]) -> None:
         if int(state["epoch"]) != self._epoch:
-            self._epoch = int(state["epoch"])
-            self._documents = iter(self._dataset.open_epoch(self._epoch))
+            self._open(int(state["epoch"]))
         self._index, self._kept = int(state["window"]), bool(state.get("kept", True))
         self._documents.set_state(state["documents"])
         self._skipped = Counter(state["skipped"])
+
+    def _open(self, epoch: int) -> None:
+        self._documents.close()
+        self._epoch, self._documents = epoch, iter(self._dataset.open_epoch(epoch))
+
+    def close(self) -> None:
+        """Close the files that are open. Idempotent."""
+        documents = getattr(self, "_documents", None)  # None if opening failed
+        if documents is not None:
+            documents.close()
+        super().close()

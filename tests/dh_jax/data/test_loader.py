@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dh_jax.data.loader import Loader, get_loader
+from dh_jax.data.prepare import prepare
 from dh_jax.data.sources import document_id
 from dh_jax.data.store import open_store
 from dh_jax.errors import ConfigError, DataError, StateError
@@ -283,6 +284,40 @@ def test_a_state_of_another_row_length_or_tokenizer_is_refused(open_loader: Any)
     state["identity"]["tokenizer"] = "0" * 16
     with open_loader(True) as other, pytest.raises(StateError, match="tokenizer 0000"):
         other.set_state(state)
+
+
+def test_a_state_of_a_store_of_other_text_is_refused(
+    make_config: Any, store: Path, tmp_path: Path
+) -> None:
+    """The config is the same, a file has changed; a store of the same text fits wherever it is."""
+    path = tmp_path / "a.jsonl"
+
+    def prepared(folder: str, text: str) -> Any:
+        lines = [json.dumps({"text": f"{text} {i}"}) + "\n" for i in range(60)]
+        path.write_text("".join(lines))
+        sources = {"a": {"kind": "files", "paths": [str(path)]}}
+        config = make_config(sources=sources, store=str(tmp_path / folder))
+        prepare(config)
+        return config
+
+    first, same, other = prepared("1", "one"), prepared("2", "one"), prepared("3", "two")
+    with get_loader(first, batch_size=2) as loader:
+        next(loader)
+        state = json.loads(json.dumps(loader.get_state()))
+    with get_loader(same, batch_size=2) as loader:
+        loader.set_state(state)
+    with (
+        get_loader(other, batch_size=2) as loader,
+        pytest.raises(StateError, match=r"a store of source 'a' .* resume with the same"),
+    ):
+        loader.set_state(state)
+
+
+def test_a_state_of_an_earlier_version_is_refused(open_loader: Any) -> None:
+    with open_loader(True) as loader:
+        state = loader.get_state() | {"schema": 2}
+        with pytest.raises(StateError, match="schema 2, expected 3; go on with the version"):
+            loader.set_state(state)
 
 
 def test_state_is_small_and_plain(open_loader: Any) -> None:
