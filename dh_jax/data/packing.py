@@ -43,6 +43,7 @@ class Shards:
 
     def __init__(self, shards: Sequence[TokenShard]):
         self.shards = tuple(shards)
+        assert len({tokens.itemsize for tokens, _ in shards}) <= 1, "shards are of one dtype"
         self.width = self.shards[0].tokens.itemsize if self.shards else 0  # bytes of a token
         table = [(_begin(tokens), 0 if mask is None else _begin(mask)) for tokens, mask in shards]
         self.addresses_S2 = np.array(table, np.int64).reshape(-1, 2)  # tokens, mask (0: none)
