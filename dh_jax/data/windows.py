@@ -37,6 +37,9 @@ class StoreWindows(grain.IterDataset[Window]):
         seed: of the order.
         shuffle: False keeps the store's order.
         epochs: passes before the windows end; None for no end.
+
+    Raises:
+        DataError: not one of the documents has a token.
     """
 
     def __init__(
@@ -49,6 +52,11 @@ class StoreWindows(grain.IterDataset[Window]):
         epochs: int | None,
     ):
         super().__init__()
+        if not documents.lengths_D.any():  # windows without rows, and no end of them
+            raise DataError(
+                f"none of the {documents.lengths_D.size} stored documents has a token; prepare "
+                "them again, with a tokenizer whose vocabulary has their characters"
+            )
         self.documents, self.seed, self.shuffle, self.epochs = documents, seed, shuffle, epochs
         self.count = -(-documents.lengths_D.size // size)  # windows of an epoch
         self._shards = Shards(documents.shards)
