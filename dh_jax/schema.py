@@ -78,7 +78,8 @@ class SourceConfig:
     split: str = "hash"  # hash: by content into train/probe/eval; or all of it is one of these
     text: TextConfig = field(default_factory=lambda: TextConfig(column="text"))
     max_epochs: int | None = None  # passes that training makes over it; None: as many as it takes
-    max_documents: int | None = None  # records read in a pass, of all shards together
+    # Records read in a pass, of all shards together; every pass reads the same ones.
+    max_documents: int | None = None
     interleave: int = 1  # pieces read in turn when order is shuffled
     retry: RetryConfig = field(default_factory=RetryConfig)
 

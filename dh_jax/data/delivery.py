@@ -20,7 +20,7 @@ from dh_jax.data.mixing import MixedIterator, Snapshot
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.errors import StateError
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 # Adds to a batch what is known of its pieces of documents, in the thread that makes batches.
@@ -61,10 +61,10 @@ class Loader:
         self._prefetch, self._identity, self._join = prefetch, identity, join
         self._unlearnt = unlearnt
         self._worker = ThreadPoolExecutor(1, "dh-loader") if prefetch else None
-        self._ahead: deque[Future[_Made | None]] = deque()
+        self._ahead: deque[Future[_Made | Snapshot]] = deque()
         self._delivered = mixture.snapshot()
         self._batches = 0
-        self._fill = 0
+        self._fill = self._capacity = 0  # tokens delivered, and how many there was room for
         self._origins: Origins | None = None
 
     # --- iterating ---
@@ -77,25 +77,30 @@ class Loader:
             if self._worker is None:
                 made = self._make()
             else:
+                if self._ahead and self._ahead[0].cancelled():  # a second Ctrl-C broke off the
+                    self._take_back()  # taking back after the first
                 while len(self._ahead) <= self._prefetch:
                     self._ahead.append(self._worker.submit(self._make))
-                made = self._ahead.popleft().result()
+                made = self._ahead[0].result()
+                self._ahead.popleft()  # only now: what is not in it is not taken back
         except BaseException:  # also Ctrl-C: what was drawn and not delivered must come again
             self._take_back()
             raise
-        if made is None:
+        if isinstance(made, Snapshot):  # the end; behind the last row more may have been left out
+            self._delivered = self._delivered._replace(sources=made.sources)
             raise StopIteration
         self._batches += 1
         self._fill += made.fill
+        self._capacity += self._drawn // self._shard[1] * self.row_length
         self._delivered, self._origins = made.behind, made.origins
         return made.batch
 
-    def _make(self) -> _Made | None:
-        """Draw and materialise the next batch; None at the end of the data."""
+    def _make(self) -> _Made | Snapshot:
+        """Draw and materialise the next batch; where the mixture stands at the end of the data."""
         rows = self._mixture.draw(self._drawn)
-        if not rows:
-            return None
         behind = self._mixture.snapshot()
+        if not rows:
+            return behind
         index, count = self._shard
         size = self._drawn // count
         batch, origins = assemble(
@@ -122,8 +127,8 @@ class Loader:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides which rows come, fit for JSON: tokenizer, row length, packing, seed, and
-        for each source a hash of what decides its documents."""
+        """What decides which rows come, fit for JSON: tokenizer, row length, packing, seed, for
+        each source a hash of what decides its documents, and of those that a store holds."""
         return dict(self._identity)
 
     @property
@@ -173,6 +178,7 @@ class Loader:
             "schema": SCHEMA,
             "batches": self._batches,
             "fill": self._fill,
+            "capacity": self._capacity,
             "identity": self._identity,
             "mixture": self._mixture.describe(self._delivered),
         }
@@ -193,15 +199,22 @@ class Loader:
             StateError: the state is of another tokenizer, row length, packing or source.
         """
         if state.get("schema") != SCHEMA:
-            raise StateError(f"loader state has schema {state.get('schema')}, expected {SCHEMA}")
+            raise StateError(
+                f"loader state has schema {state.get('schema')}, expected {SCHEMA}; go on with the "
+                "version that saved it, or start a new run"
+            )
         saved, ours = dict(state["identity"]), dict(self._identity)
         theirs, mine = saved.pop("sources"), ours.pop("sources")
+        their_stores, my_stores = saved.pop("stores"), ours.pop("stores")
         for key, value in ours.items():
             if saved.get(key) != value:
                 raise StateError(_other(key, saved.get(key), value))
         for name in theirs.keys() & mine.keys():
             if theirs[name] != mine[name]:
                 raise StateError(_other(f"source {name!r}", theirs[name], mine[name]))
+            if their_stores.get(name) != my_stores.get(name):
+                stores = their_stores.get(name), my_stores.get(name)
+                raise StateError(_other(f"a store of source {name!r} with content", *stores))
         if not changed_sources and theirs.keys() != mine.keys():
             raise StateError(
                 f"the state is of sources {', '.join(theirs)}, this loader has {', '.join(mine)}; "
@@ -214,7 +227,8 @@ class Loader:
         if theirs.keys() != mine.keys():
             self._mixture.set_weights(weights)
         self._delivered = self._mixture.snapshot()
-        self._batches, self._fill = int(state["batches"]), int(state["fill"])
+        self._batches = int(state["batches"])
+        self._fill, self._capacity = int(state["fill"]), int(state["capacity"])
         self._origins = None
 
     # --- reporting ---
@@ -224,8 +238,6 @@ class Loader:
         rows, tokens, share of tokens, truncated tokens, and documents skipped by reason."""
         state = self._mixture.describe(self._delivered)
         total = sum(part["tokens"] for part in state.values())
-        local = self._drawn // self._shard[1]
-        capacity = self._batches * local * self.row_length
         sources = {}
         for name, part in state.items():
             windows = part["source"]["window"]
@@ -236,12 +248,12 @@ class Loader:
                 "share": part["tokens"] / total if total else math.nan,
                 "truncated_tokens": part["truncated"],
                 "epoch": windows["epoch"],
-                "skipped": self._mixture.skipped(name),
+                "skipped": part["source"]["skipped"],
             }
         return {
             "batches": self._batches,
             "tokens": total,
-            "packing_efficiency": self._fill / capacity if capacity else math.nan,
+            "packing_efficiency": self._fill / self._capacity if self._capacity else math.nan,
             "sources": sources,
         }
 

@@ -130,12 +130,11 @@ def reshard_loaders(states: Sequence[Mapping[str, Any]], count: int) -> Resharde
                     "following": False,
                     "left": "",
                     "row": 0,
+                    "skipped": _summed([part["source"] for part in parts]) if i == 0 else {},
                 },
             }
-    fill = sum(state["fill"] for state in states)
-    return Resharded(
-        [{**first, "fill": fill // count, "mixture": mixture} for mixture in mixtures], again
-    )
+    filled = _filled(states, count)
+    return Resharded([{**first, **filled, "mixture": mixture} for mixture in mixtures], again)
 
 
 def loader_states(states: Sequence[Mapping[str, Any]], count: int) -> Resharded:
@@ -155,13 +154,17 @@ def loader_states(states: Sequence[Mapping[str, Any]], count: int) -> Resharded:
     if len(states) == count:
         return Resharded([dict(state) for state in states], 0)
     if states and states[0]["identity"]["stored"]:  # every host draws the rows of all
-        fill = sum(state["fill"] for state in states) // count
-        return Resharded([{**states[0], "fill": fill}] * count, 0)
+        return Resharded([{**states[0], **_filled(states, count)}] * count, 0)
     return reshard_loaders(states, count)
 
 
-def _summed(windows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+def _filled(states: Sequence[Mapping[str, Any]], count: int) -> dict[str, int]:
+    """An equal share for each of ``count`` hosts of what all hosts delivered."""
+    return {key: sum(state[key] for state in states) // count for key in ("fill", "capacity")}
+
+
+def _summed(parts: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     total: Counter[str] = Counter()
-    for window in windows:
-        total.update(window["skipped"])
+    for part in parts:
+        total.update(part["skipped"])
     return dict(total)

@@ -22,9 +22,9 @@ from dh_jax.config import (
 )
 from dh_jax.data.datasets.pretrain import PretrainDataset
 from dh_jax.data.delivery import Join, Loader
+from dh_jax.data.held_out import gives_way, held_elsewhere
 from dh_jax.data.mixing import MixedDataset
-from dh_jax.data.prepare import open_prepared, text_sources
-from dh_jax.data.sources import DocumentSource
+from dh_jax.data.prepare import open_prepared
 from dh_jax.data.store import StoredDocuments, TokenStore
 from dh_jax.data.stores.token_sources import open_token_source
 from dh_jax.data.tokenization import TokenizerWrapper
@@ -105,7 +105,7 @@ def get_loader(
             f"{count} hosts cannot mix streamed sources with token stores read in place; "
             "prepare the streamed ones first (`dh prepare`, data.store=...)"
         )
-    held_out = _held_out(config) if training and not at_random else frozenset()
+    held = {} if at_random else held_elsewhere(config, split, {n for n, _ in chosen.values()})
     rows = {
         name: PretrainDataset(
             source,
@@ -118,7 +118,8 @@ def get_loader(
             shuffle=shuffle,
             repeat=repeat,
             shard=shard,
-            held_out=held_out,
+            held_out=held.get(source, frozenset()),
+            gives_way=gives_way(config, spec),
         )
         for name, (source, spec) in chosen.items()
     }
@@ -148,6 +149,7 @@ def get_loader(
             "split": split,
             "seed": seed,
             "sources": {n: _fingerprint(*source, config, wrapper) for n, source in chosen.items()},
+            "stores": {n: part.fingerprint for n, part in stored.items() if part is not None},
         },
         join=join,
         unlearnt=unlearnt,
@@ -206,20 +208,3 @@ def _weights(
     if len(weights) == 1:  # one source alone, also one of weight 0
         return dict.fromkeys(weights, 1.0)
     return weights
-
-
-def _held_out(config: DataConfig) -> frozenset[int]:
-    """Ids of documents in sets that are held out whole (read once, at the start)."""
-    ids: set[int] = set()
-    for name, spec in text_sources(config).items():
-        if spec.split in ("probe", "eval"):
-            documents = DocumentSource(
-                name,
-                spec,
-                split=spec.split,
-                splits=config.splits,
-                shuffle=False,
-                on_error=config.on_error,
-            )
-            ids.update(document.id for document in documents)
-    return frozenset(ids)

@@ -111,8 +111,7 @@ class MixedDataset(grain.IterDataset[MixedRow]):
         weights: name -> share; scaled to sum to 1.
         row_length: T.
         unit: what a share counts: ``tokens`` (as placed in rows), ``rows``, or
-            ``trained_tokens`` (targets under the loss mask).
-
+            ``trained_tokens`` (targets under the loss mask; a row without any counts as 1).
         exhausted: what happens when a source has no further row. ``renormalise``: it leaves the
             mixture, which ends with its last source; ``stop``: the mixture ends. Sources that
             repeat without end never come to this.
@@ -205,7 +204,8 @@ class MixedIterator(grain.DatasetIterator[MixedRow]):
                 continue
             counted = row.tokens
             if self._unit != "tokens":
-                counted = 1 if self._unit == "rows" else trained_tokens(row)
+                # At least 1: rows without a target would be free, and never end.
+                counted = 1 if self._unit == "rows" else max(1, trained_tokens(row))
             last = source, counted, row.tokens, row.truncated
             rows.append(MixedRow(source, row))
         if last is not NOTHING:
@@ -220,11 +220,6 @@ class MixedIterator(grain.DatasetIterator[MixedRow]):
             self._weights[:] = 0.0
         else:  # the others share what it would have had
             self._weights /= total
-
-    def skipped(self, name: str) -> dict[str, int]:
-        """Documents that a streamed source left out so far, by reason; empty for a store."""
-        windows = self._parents[self.names.index(name)]._parent
-        return dict(getattr(windows, "skipped", {}))
 
     # --- state ---
 

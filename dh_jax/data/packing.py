@@ -43,6 +43,7 @@ class Shards:
 
     def __init__(self, shards: Sequence[TokenShard]):
         self.shards = tuple(shards)
+        assert len({tokens.itemsize for tokens, _ in shards}) <= 1, "shards are of one dtype"
         self.width = self.shards[0].tokens.itemsize if self.shards else 0  # bytes of a token
         table = [(_begin(tokens), 0 if mask is None else _begin(mask)) for tokens, mask in shards]
         self.addresses_S2 = np.array(table, np.int64).reshape(-1, 2)  # tokens, mask (0: none)
@@ -235,11 +236,16 @@ class PackedDataset(grain.IterDataset[Row]):
         return PackedIterator(windows, self._row_length, self._packing, self._shuffle)
 
 
+class _Read(NamedTuple):
+    window: Window | None  # None behind the last
+    after: dict[str, Any]  # state of the windows behind it
+    skipped: dict[str, int]  # what the windows so far left out, by reason; empty for a store
+
+
 class _Planned(NamedTuple):
-    window: Window | None  # as it was read; None behind the last
-    packed: PackedWindow  # joined by what was left before
+    read: _Read
+    packed: PackedWindow  # its window, joined by what was left before
     before: dict[str, Any]  # state of the windows in front of it
-    after: dict[str, Any]  # and behind it
 
 
 class PackedIterator(grain.DatasetIterator[Row]):
@@ -262,8 +268,10 @@ class PackedIterator(grain.DatasetIterator[Row]):
         super().__init__(windows)
         self._row_length, self._packing, self._shuffle = row_length, packing, shuffle
         self._recent: OrderedDict[str, _Planned] = OrderedDict()
-        self._at = self._reader_at = windows.get_state()
+        self._at = windows.get_state()
+        self._reader_at: dict[str, Any] | None = self._at  # None: amid a window that failed
         self._following, self._left, self._row = False, "", 0
+        self._skipped: dict[str, int] = {}  # by the windows up to that of the last row
         self._planned: _Planned | None = None  # the window of the next row, once it is needed
 
     def __next__(self) -> Row:
@@ -274,7 +282,7 @@ class PackedIterator(grain.DatasetIterator[Row]):
             self._planned = None
             planned = self._plan(planned)
         row = self._row
-        self._row = row + 1
+        self._row, self._skipped = row + 1, planned.read.skipped
         return Row(planned.packed, row, planned.packed.tokens_R[row])
 
     def _plan(self, last: _Planned | None) -> _Planned:
@@ -292,33 +300,36 @@ class PackedIterator(grain.DatasetIterator[Row]):
     def _read_and_plan(self, last: _Planned | None) -> _Planned:
         before, at = None, self._at
         if self._following:
-            before = last.window if last else self._read(at)
-            at = last.after if last else self._reader_at
-        window = self._read(at)
+            before, at, _ = last.read if last else self._read(at)
+        read = self._read(at)
         if self._left and before:
-            joined = carry(before, self._left, window)
-        elif window is None:
+            joined = carry(before, self._left, read.window)
+        elif read.window is None:
+            self._skipped = read.skipped
             raise StopIteration
         else:
-            joined = window
+            joined = read.window
         packed = pack(joined, self._row_length, self._packing, shuffle=self._shuffle)
-        return _Planned(window, packed, at, self._reader_at)
+        return _Planned(read, packed, at)
 
-    def _read(self, at: dict[str, Any]) -> Window | None:
-        """The window behind a state; None where there is no more."""
+    def _read(self, at: dict[str, Any]) -> _Read:
+        """The window behind a state."""
         if self._reader_at != at:
             self._parent.set_state(at)
+        self._reader_at = None  # a read that fails stops anywhere; the next one sets the state anew
         window = next(self._parent, None)
-        self._reader_at = self._parent.get_state()
-        return window
+        self._reader_at = after = self._parent.get_state()
+        return _Read(window, after, dict(getattr(self._parent, "skipped", {})))
 
     def get_state(self) -> dict[str, Any]:
-        """JSON-able state behind the last row: epoch, window, row, and what was left over."""
+        """JSON-able state behind the last row: epoch, window, row, what was left over, and what
+        had been left out by then."""
         return {
             "window": self._at,
             "following": self._following,
             "left": self._left,
             "row": self._row,
+            "skipped": self._skipped,
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -327,4 +338,4 @@ class PackedIterator(grain.DatasetIterator[Row]):
         if at != (self._at, self._following, self._left):
             self._planned = None
         self._at, self._following, self._left = at
-        self._row = int(state["row"])
+        self._row, self._skipped = int(state["row"]), dict(state["skipped"])

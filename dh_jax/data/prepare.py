@@ -264,7 +264,11 @@ def _keep_what_fits(
     digest = hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
     plan = workshop / "plan.json"
     shutil.rmtree(workshop / "store", ignore_errors=True)
-    if not plan.exists() or json.loads(plan.read_text()) != digest:
+    try:
+        fits = json.loads(plan.read_text()) == digest
+    except (FileNotFoundError, ValueError):  # ValueError: cut short by a crash
+        fits = False
+    if not fits:
         shutil.rmtree(job.folder, ignore_errors=True)
         plan.unlink(missing_ok=True)
     _sweep(job)

@@ -165,8 +165,10 @@ class DocumentSource(grain.IterDataset[Document]):
         return f"DocumentSource({self.name!r}, split={self.split!r})"
 
     def order(self, count: int) -> Sequence[int]:
-        """The order in which to read ``count`` pieces: a function of seed and epoch alone."""
-        return shuffled(count, self.seed, self.epoch) if self.shuffle else range(count)
+        """The order in which to read ``count`` pieces: a function of seed and epoch alone, and
+        the same at every epoch under a limit, lest another order bring other documents."""
+        epoch = self.epoch if self.spec.max_documents is None else 0
+        return shuffled(count, self.seed, epoch) if self.shuffle else range(count)
 
 
 class DocumentIterator(grain.DatasetIterator[Document]):
@@ -253,6 +255,12 @@ class DocumentIterator(grain.DatasetIterator[Document]):
 
     def _nothing(self) -> str:
         source = self._source
+        limit, (index, count) = source.spec.max_documents, source.shard
+        if _share_of(limit, source.shard) == 0:
+            return (
+                f"source {source.name!r}: max_documents {limit} leaves no record to shard {index} "
+                f"of {count}; raise it to at least {count}, or read with fewer shards"
+            )
         shard = f" for shard {source.shard[0]} of {source.shard[1]}" if source.shard[1] > 1 else ""
         cure = "check its paths and text column"
         if source.spec.split == "hash" and source.split in HELD_OUT:

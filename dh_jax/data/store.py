@@ -65,6 +65,7 @@ class StoredDocuments(NamedTuple):
     lengths_D: npt.NDArray[np.int64]
     ids_D: npt.NDArray[np.uint64]
     checks: tuple[ShardChecks, ...] = ()  # of each shard; empty for documents in memory
+    fingerprint: str = ""  # of what is stored; a place among other documents means nothing here
 
 
 class TokenStore(NamedTuple):
@@ -103,6 +104,7 @@ class TokenStore(NamedTuple):
             np.concatenate([np.diff(a["offsets"]) for a in mapped]),
             np.concatenate([a["ids"] for a in mapped]),
             tuple(checks_of(path, arrays) for path, arrays in zip(paths, mapped, strict=True)),
+            _digest([shard["blake2b"] for shard in shards]),
         )
 
     def total(self, source: str, split: str, what: str) -> int:
@@ -173,6 +175,9 @@ def open_store(
 
 def manifest_checksum(manifest: dict[str, Any]) -> str:
     """128-bit BLAKE2b of a manifest but for its own ``blake2b``, in hex."""
-    content = {key: value for key, value in manifest.items() if key != "blake2b"}
+    return _digest({key: value for key, value in manifest.items() if key != "blake2b"})
+
+
+def _digest(content: Any) -> str:
     text = json.dumps(content, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -172,7 +172,7 @@ class TokenizerWrapper:
         if self._never_in_text and not self._never_in_text.isdisjoint(ids):
             raise DataError(
                 "a document spells out a control token, which this unigram tokenizer cannot "
-                "keep apart from the token itself; remove it from the text or skip the document"
+                "keep apart from the token itself; remove it from the text"
             )
 
     def encode_rendered(self, text: str) -> NDArray[Any]:

@@ -13,10 +13,11 @@ from typing import Any
 import grain
 import numpy as np
 
+from dh_jax.config import SplitConfig
 from dh_jax.data.packing import Shards, Window
 from dh_jax.data.permutation import permuted
 from dh_jax.data.seeding import derive
-from dh_jax.data.sources import Document
+from dh_jax.data.sources import Document, split_of
 from dh_jax.data.store import StoredDocuments
 from dh_jax.data.stores.shards import BlockGuard
 from dh_jax.data.text.encoding import Encoder, join
@@ -36,6 +37,9 @@ class StoreWindows(grain.IterDataset[Window]):
         seed: of the order.
         shuffle: False keeps the store's order.
         epochs: passes before the windows end; None for no end.
+
+    Raises:
+        DataError: not one of the documents has a token.
     """
 
     def __init__(
@@ -48,6 +52,11 @@ class StoreWindows(grain.IterDataset[Window]):
         epochs: int | None,
     ):
         super().__init__()
+        if not documents.lengths_D.any():  # windows without rows, and no end of them
+            raise DataError(
+                f"none of the {documents.lengths_D.size} stored documents has a token; prepare "
+                "them again, with a tokenizer whose vocabulary has their characters"
+            )
         self.documents, self.seed, self.shuffle, self.epochs = documents, seed, shuffle, epochs
         self.count = -(-documents.lengths_D.size // size)  # windows of an epoch
         self._shards = Shards(documents.shards)
@@ -117,6 +126,7 @@ class StreamWindows(grain.IterDataset[Window]):
         epochs: passes before the windows end; None for no end.
         held_out: ids that must not appear here (documents of explicit probe and eval sets).
         on_error: what to do with one that does: ``raise``, or ``skip`` and count it.
+        gives_way: leave out, and count, documents that these splits by content would hold out.
     """
 
     def __init__(
@@ -130,11 +140,12 @@ class StreamWindows(grain.IterDataset[Window]):
         epochs: int | None,
         held_out: frozenset[int] = frozenset(),
         on_error: str = "raise",
+        gives_way: SplitConfig | None = None,
     ):
         super().__init__()
         self.name, self.open_epoch, self.encode, self.size = name, open_epoch, encode, size
         self.seed, self.epochs = seed, epochs
-        self.held_out, self.on_error = held_out, on_error
+        self.held_out, self.on_error, self.gives_way = held_out, on_error, gives_way
 
     def __iter__(self) -> StreamIterator:
         return StreamIterator(self)
@@ -166,8 +177,8 @@ class StreamIterator(grain.DatasetIterator[Window]):
         if not documents and self._epoch + 1 != self._dataset.epochs:
             self._kept = False
             self._skipped.update(self._documents.skipped)
-            self._epoch, self._index = self._epoch + 1, 0
-            self._documents = iter(self._dataset.open_epoch(self._epoch))
+            self._index = 0
+            self._open(self._epoch + 1)
             documents = self._read()
         if not documents:
             raise StopIteration
@@ -189,6 +200,7 @@ class StreamIterator(grain.DatasetIterator[Window]):
     def _read(self) -> list[Document]:
         """Up to a window of documents; fewer only at the end of the epoch."""
         documents: list[Document] = []
+        splits = self._dataset.gives_way
         while len(documents) < self._dataset.size:
             document = next(self._documents, None)
             if document is None:
@@ -198,9 +210,12 @@ class StreamIterator(grain.DatasetIterator[Window]):
                     raise DataError(
                         f"source {self._dataset.name!r}: {document.where} is also in a probe or "
                         "eval set; take it out of one of them, give the probe 'split: hash', or "
-                        "set on_error: skip to leave it out of training"
+                        "set on_error: skip to leave it out here"
                     )
                 self._skipped["held_out"] += 1
+                continue
+            if splits is not None and split_of(document.id, splits) != "train":
+                self._skipped["held_out_by_hash"] += 1
                 continue
             documents.append(document)
         return documents
@@ -216,8 +231,18 @@ class StreamIterator(grain.DatasetIterator[Window]):
 
     def set_state(self, state: dict[str, Any]) -> None:
         if int(state["epoch"]) != self._epoch:
-            self._epoch = int(state["epoch"])
-            self._documents = iter(self._dataset.open_epoch(self._epoch))
+            self._open(int(state["epoch"]))
         self._index, self._kept = int(state["window"]), bool(state.get("kept", True))
         self._documents.set_state(state["documents"])
         self._skipped = Counter(state["skipped"])
+
+    def _open(self, epoch: int) -> None:
+        self._documents.close()
+        self._epoch, self._documents = epoch, iter(self._dataset.open_epoch(epoch))
+
+    def close(self) -> None:
+        """Close the files that are open. Idempotent."""
+        documents = getattr(self, "_documents", None)  # None if opening failed
+        if documents is not None:
+            documents.close()
+        super().close()

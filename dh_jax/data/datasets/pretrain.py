@@ -32,6 +32,7 @@ class PretrainDataset(PackedDataset):
         shard: (index, count) of documents when streaming. Rows from a store are planned
             whole on every host; the loader keeps its own rows.
         held_out: document ids that must not appear when streaming.
+        gives_way: leave out of a stream what a source split by content would hold out.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class PretrainDataset(PackedDataset):
         repeat: bool = True,
         shard: tuple[int, int] = (0, 1),
         held_out: frozenset[int] = frozenset(),
+        gives_way: bool = False,
     ):
         own_seed = derive(seed, name, split)
         epochs = spec.max_epochs if repeat else 1
@@ -71,6 +73,7 @@ class PretrainDataset(PackedDataset):
                 seed=own_seed,
                 epochs=epochs,
                 held_out=held_out,
+                gives_way=config.splits if gives_way else None,
                 on_error=config.on_error,
             )
         super().__init__(windows, config.max_length, config.packing, shuffle=shuffle)

@@ -66,6 +66,11 @@ def read_mds(
                 f"MDS shard {folder / str(name)} is damaged ({error}); restore it from its source"
             ) from error
         item = np.dtype(type_).itemsize
+        if shards and item != shards[0].tokens.itemsize:
+            raise DataError(
+                f"MDS shard {folder / entry['raw_data']['basename']} holds tokens of {type_}, the "
+                f"shards before it of {shards[0].tokens.dtype}; write all shards with one type"
+            )
         # Samples lie at any byte, so there is one view for each offset from whole tokens in use.
         number_D = np.empty(begins_D.size, np.int32)
         for shift in np.unique(begins_D % item).tolist():

@@ -247,9 +247,11 @@ def explained_disk(path: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON to a temporary name and move it into place."""
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=1) + "\n")
+    """Write JSON to a temporary name and, once it is on the disk, move it into place."""
+    with replacing(path) as partial, partial.open("w") as file:
+        file.write(json.dumps(content, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def file_checksum(path: Path) -> str:

@@ -76,4 +76,5 @@ def _chosen(
         index.starts_D[keep_D],
         index.lengths_D[keep_D],
         ids_D[keep_D],
+        fingerprint=f"{index.fingerprint:016x}",
     )

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,7 @@ from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.errors import DataError
 
 CHARACTERS_A_CORE = 2**18  # handed to the tokenizer at once
+Encoded = TypeVar("Encoded")
 
 
 class TokenDocument(NamedTuple):
@@ -54,24 +56,48 @@ def make_encoder(spec: SourceConfig, config: DataConfig, tokenizer: TokenizerWra
     """The encoder that a source's records need."""
     if spec.text.conversation is not None:
         return conversation_encoder(spec.text.conversation, config, tokenizer)
-    return text_encoder(tokenizer)
+    return text_encoder(tokenizer, config.on_error)
 
 
-def text_encoder(tokenizer: TokenizerWrapper) -> Encoder:
-    """Plain text: every token is learnt; BOS and EOS as the tokenizer's policy says."""
+def text_encoder(tokenizer: TokenizerWrapper, on_error: str) -> Encoder:
+    """Plain text: every token is learnt; BOS and EOS as the tokenizer's policy says.
+
+    ``skipped`` counts ``no_tokens``: texts of which the vocabulary has nothing; and, where
+    ``on_error`` is ``skip``, ``control_token``: texts that spell one out (unigram models).
+    """
 
     def encode(documents: Sequence[Document], skipped: Counter[str]) -> list[TokenDocument | None]:
-        del skipped
         encoded: list[TokenDocument | None] = []
         for group in _together(documents):
-            ids = tokenizer.encode_batch([document.text for document in group])
-            encoded += [
-                TokenDocument(tokens, document.id, len(document.text.encode()))
-                for document, tokens in zip(group, ids, strict=True)
-            ]
+            ids = _one_by_one_if_need_be(tokenizer.encode_batch, [d.text for d in group])
+            for document, found in zip(group, ids, strict=True):
+                if not isinstance(found, Fault) and found.size:
+                    size = len(document.text.encode())
+                    encoded.append(TokenDocument(found, document.id, size))
+                    continue
+                if isinstance(found, Fault) and on_error == "raise":
+                    raise DataError(
+                        f"{document.where}: {found}, or set on_error: skip to skip and count "
+                        "such documents"
+                    )
+                skipped[found.reason if isinstance(found, Fault) else "no_tokens"] += 1
+                encoded.append(None)
         return encoded
 
     return encode
+
+
+def _one_by_one_if_need_be(
+    encode: Callable[[list[str]], Sequence[Encoded]], texts: list[str]
+) -> list[Encoded | Fault]:
+    """Texts encoded together, or alone where one of them may not be encoded (it spells a control
+    token out, under a unigram model), since the tokenizer does not say which."""
+    try:
+        return [*encode(texts)]
+    except DataError as error:
+        if len(texts) == 1:
+            return [Fault("control_token", str(error))]
+    return [found for text in texts for found in _one_by_one_if_need_be(encode, [text])]
 
 
 def _together(documents: Sequence[Document]) -> Iterator[list[Document]]:
@@ -119,8 +145,10 @@ def conversation_encoder(
         )
 
     def finish(
-        document: Document, located: Located, rendered: Rendered, skipped: Counter[str]
+        document: Document, located: Located | Fault, rendered: Rendered, skipped: Counter[str]
     ) -> TokenDocument | Fault:
+        if isinstance(located, Fault):
+            return located
         mask, ends = answer_mask(located, rendered.answers_A2)
         length = mask.size
         if length > config.max_length:
@@ -137,7 +165,7 @@ def conversation_encoder(
     def encode(documents: Sequence[Document], skipped: Counter[str]) -> list[TokenDocument | None]:
         rendered = [render(document) for document in documents]
         texts = [each.text for each in rendered if isinstance(each, Rendered)]
-        located = iter(encode_conversations(tokenizer, texts))
+        located = iter(_one_by_one_if_need_be(partial(encode_conversations, tokenizer), texts))
         encoded: list[TokenDocument | None] = []
         found: TokenDocument | Fault
         for document, each in zip(documents, rendered, strict=True):

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dh_jax.data.loader import Loader, get_loader
+from dh_jax.data.prepare import prepare
 from dh_jax.data.sources import document_id
 from dh_jax.data.store import open_store
 from dh_jax.errors import ConfigError, DataError, StateError
@@ -237,26 +238,39 @@ def test_probes_may_be_named_and_are_disjoint_from_training(make_config: Any, st
         assert held_out and not held_out & {d for _ in train for d, _, _ in pieces(train)}
 
 
-def test_a_failed_batch_is_not_lost(make_config: Any, tmp_path: Path) -> None:
-    """A corrupt line stops the loader where it stands; once mended, it goes on from there."""
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_a_failed_batch_is_not_lost(make_config: Any, tmp_path: Path, prefetch: int) -> None:
+    """A corrupt line stops the loader where it stands, amid a window. Once it is mended, that very
+    loader goes on from there, and so does another one with its state."""
     path = tmp_path / "a.jsonl"
     good = [json.dumps({"text": f"document {i} " * 20}) + "\n" for i in range(40)]
-    path.write_text("".join(good[:20]) + '{"text": broken\n' + "".join(good[21:]))
+    corrupt = good[20].replace('"', " ")  # of the same size
+    path.write_text("".join([*good[:20], corrupt, *good[21:]]))
     sources = {"a": {"kind": "files", "paths": [str(path)]}}
-    config = make_config(sources=sources, packing={"window": 8})
-    with get_loader(config, batch_size=2, shuffle=False, repeat=False) as loader:
+    config = make_config(sources=sources, packing={"window": 8}, splits={"probe": 0.0, "eval": 0.0})
+
+    def open_one() -> Loader:
+        return get_loader(config, batch_size=2, shuffle=False, repeat=False, prefetch=prefetch)
+
+    def rest(loader: Loader) -> list[Any]:
+        return [p for _ in loader for p in pieces(loader)]
+
+    with open_one() as loader, open_one() as other:
         taken: list[Any] = []
-        with pytest.raises(DataError, match=r"a\.jsonl:21"):
-            for _ in loader:
-                taken += pieces(loader)
-        state = loader.get_state()
-    assert taken
-    path.write_text("".join(good[:20]) + " " * 14 + "\n" + "".join(good[21:]))
-    with get_loader(make_config(sources=sources, packing={"window": 8}), batch_size=2,
-                    shuffle=False, repeat=False) as whole:  # fmt: skip
-        everything = [p for _ in whole for p in pieces(whole)]
-    assert everything[: len(taken)] == taken
-    assert state["batches"] > 0
+        for _ in range(2):  # the second time nothing was mended yet
+            with pytest.raises(DataError, match=r"a\.jsonl:21"):
+                for _ in loader:
+                    taken += pieces(loader)
+        assert taken and loader.get_state()["batches"] > 0
+        path.write_text("".join(good))
+        other.set_state(loader.get_state())
+        with open_one() as whole:
+            everything = rest(whole)
+        assert {document for document, _, _ in everything} == {
+            document_id(json.loads(line)["text"]) for line in good
+        }
+        assert taken + rest(loader) == everything
+        assert taken + rest(other) == everything
 
 
 def test_a_state_of_another_row_length_or_tokenizer_is_refused(open_loader: Any) -> None:
@@ -270,6 +284,40 @@ def test_a_state_of_another_row_length_or_tokenizer_is_refused(open_loader: Any)
     state["identity"]["tokenizer"] = "0" * 16
     with open_loader(True) as other, pytest.raises(StateError, match="tokenizer 0000"):
         other.set_state(state)
+
+
+def test_a_state_of_a_store_of_other_text_is_refused(
+    make_config: Any, store: Path, tmp_path: Path
+) -> None:
+    """The config is the same, a file has changed; a store of the same text fits wherever it is."""
+    path = tmp_path / "a.jsonl"
+
+    def prepared(folder: str, text: str) -> Any:
+        lines = [json.dumps({"text": f"{text} {i}"}) + "\n" for i in range(60)]
+        path.write_text("".join(lines))
+        sources = {"a": {"kind": "files", "paths": [str(path)]}}
+        config = make_config(sources=sources, store=str(tmp_path / folder))
+        prepare(config)
+        return config
+
+    first, same, other = prepared("1", "one"), prepared("2", "one"), prepared("3", "two")
+    with get_loader(first, batch_size=2) as loader:
+        next(loader)
+        state = json.loads(json.dumps(loader.get_state()))
+    with get_loader(same, batch_size=2) as loader:
+        loader.set_state(state)
+    with (
+        get_loader(other, batch_size=2) as loader,
+        pytest.raises(StateError, match=r"a store of source 'a' .* resume with the same"),
+    ):
+        loader.set_state(state)
+
+
+def test_a_state_of_an_earlier_version_is_refused(open_loader: Any) -> None:
+    with open_loader(True) as loader:
+        state = loader.get_state() | {"schema": 2}
+        with pytest.raises(StateError, match="schema 2, expected 3; go on with the version"):
+            loader.set_state(state)
 
 
 def test_state_is_small_and_plain(open_loader: Any) -> None:

@@ -98,6 +98,15 @@ def test_shares_of_the_unit_follow_the_weights_within_a_row(unit: str) -> None:
         assert error < (1 if unit == "rows" else ROW)
 
 
+def test_rows_without_a_target_do_not_take_everything() -> None:
+    """Documents of one token have no target; they get their share of what they count."""
+    sources = {"ones": source(1, [1] * 9), "full": source(2, [32] * 7)}
+    weights = {"ones": 0.1, "full": 0.9}
+    rows = iter(MixedDataset(sources, weights, row_length=ROW, unit="trained_tokens"))
+    full = sum(next(rows).source for _ in range(400))
+    assert 9 * (400 - full) == pytest.approx(full * (ROW - 1), abs=9 * ROW)
+
+
 def test_a_weight_change_holds_from_the_next_row() -> None:
     iterator = iter(mixture("rows"))
     for _ in range(10):

@@ -256,7 +256,8 @@ def test_grain_checkpoint_contract_holds() -> None:
 @pytest.mark.parametrize("left", ["1 9", "0+40"])
 def test_a_state_of_other_data_is_refused(left: str) -> None:
     iterator = iter(PackedDataset(ListWindows([[5, 9, 30], [70]]), 16, PackingConfig()))
-    iterator.set_state({"window": {"window": 0}, "following": True, "left": left, "row": 0})
+    state = {"window": {"window": 0}, "following": True, "left": left, "row": 0, "skipped": {}}
+    iterator.set_state(state)
     with pytest.raises(StateError, match="of a window of 3"):
         next(iterator)
 

@@ -93,6 +93,16 @@ def test_a_failed_preparation_leaves_no_store(make_config: Any, tmp_path: Path) 
     assert open_store(tmp_path / "store").manifest["skipped"]["bad"] == {"corrupt_json": 1}
 
 
+@pytest.mark.parametrize("plan", [b"", b'"0123', b"\xff"])
+def test_a_plan_that_a_crash_cut_short_fits_nothing(
+    make_config: Any, store: Path, tmp_path: Path, plan: bytes
+) -> None:
+    (tmp_path / ".store.partial").mkdir()
+    (tmp_path / ".store.partial" / "plan.json").write_bytes(plan)
+    made = prepare(make_config(), folder=tmp_path / "store")
+    assert made.manifest == open_store(store).manifest
+
+
 def test_an_overlap_of_a_probe_with_training_is_refused(
     make_config: Any, corpora: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -111,6 +111,27 @@ def test_max_documents_ends_the_pass(folder: Path) -> None:
     assert sorted(chain.from_iterable(parts)) == sorted(TEXTS[:13])
 
 
+@pytest.mark.parametrize("shard", [(0, 1), (1, 2)])
+def test_every_pass_under_a_limit_has_the_same_documents(
+    folder: Path, shard: tuple[int, int]
+) -> None:
+    """Passes of another seed have others, so it is not the limit that leaves no choice."""
+    of = {
+        (seed, epoch): frozenset(
+            texts_of(source(folder, seed=seed, epoch=epoch, shard=shard, max_documents=13))
+        )
+        for seed in range(4)
+        for epoch in range(4)
+    }
+    assert len(set(of.values())) == len({of[seed, 0] for seed in range(4)}) > 1
+
+
+def test_a_shard_without_a_share_of_the_limit_is_told_so(folder: Path) -> None:
+    assert len(texts_of(source(folder, shard=(0, 3), max_documents=2))) == 1
+    with pytest.raises(DataError, match=r"max_documents 2 leaves no record to shard 2 of 3; raise"):
+        list(source(folder, shard=(2, 3), max_documents=2))
+
+
 def test_a_pass_without_a_document_is_an_error_with_a_cure(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines(TEXTS[:3]))
     tiny = SplitConfig(probe=1e-12, eval=0.0)

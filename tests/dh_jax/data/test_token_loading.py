@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dh_jax.data.loader import get_loader
-from dh_jax.errors import ConfigError
+from dh_jax.errors import ConfigError, StateError
 from tests.dh_jax.data.stores.test_token_sources import some_documents, write_mds, write_megatron
 
 
@@ -38,6 +38,34 @@ def test_every_token_of_a_megatron_store_comes_once(
     config = config_of(make_config, a={"kind": "megatron", "path": str(tmp_path / "a")})
     with get_loader(config, batch_size=4, repeat=False) as loader:
         assert documents_of(loader) == sorted(documents)
+
+
+@pytest.mark.parametrize("kind", ["megatron", "mds"])
+def test_a_state_of_other_token_files_is_refused(
+    make_config: Any, tmp_path: Path, kind: str
+) -> None:
+    path = tmp_path / "a"
+    config = config_of(
+        make_config,
+        a={"kind": kind, "path": str(path)} | ({"dtype": "uint16"} if kind == "mds" else {}),
+    )
+
+    def state_of(documents: list[list[int]], state: Any = None) -> Any:
+        if kind == "megatron":
+            write_megatron(path, documents, "uint16")
+        else:
+            samples = [{"tokens": np.array(d, "uint16").tobytes()} for d in documents]
+            write_mds(path, samples, {"tokens": "bytes"})
+        with get_loader(config, batch_size=2) as loader:
+            if state is not None:
+                loader.set_state(state)
+            next(loader)
+            return loader.get_state()
+
+    state = state_of(some_documents())
+    state_of(some_documents(), state)
+    with pytest.raises(StateError, match="a store of source 'a'"):
+        state_of(some_documents(70), state)
 
 
 def test_mixed_with_a_stream_on_one_host_and_refused_on_two(

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dh_jax.data.packing import TokenShard
 from dh_jax.data.store import StoredDocuments
 from dh_jax.data.windows import StoreWindows
+from dh_jax.errors import DataError
 
 
 def stored(count: int) -> StoredDocuments:
@@ -35,6 +37,12 @@ def test_every_document_comes_once_a_pass(
     assert sorted(first.tolist()) == list(range(count))
     if not shuffle:
         assert first.tolist() == list(range(count))
+
+
+def test_documents_without_a_token_are_refused() -> None:
+    empty = stored(3)._replace(lengths_D=np.zeros(3, np.int64))
+    with pytest.raises(DataError, match="none of the 3 stored documents has a token; prepare"):
+        StoreWindows(empty, 2, seed=0, shuffle=True, epochs=None)
 
 
 def test_epochs_come_in_different_orders_and_seeds_too() -> None:

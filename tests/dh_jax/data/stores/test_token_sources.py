@@ -167,6 +167,21 @@ def write_mds(
     (folder / "index.json").write_text(json.dumps({"shards": shards, "version": 2}))
 
 
+def test_mds_shards_of_tokens_of_several_sizes_are_refused(tmp_path: Path) -> None:
+    """Compiled code reads all shards by one width. Two shards, of 15 samples each."""
+    documents = some_documents(30)
+    for types in (["uint16"] * 2, ["uint16", "int64"], ["int64", "uint16"]):
+        arrays = [{"tokens": as_array(d, types[i // 15], True)} for i, d in enumerate(documents)]
+        write_mds(tmp_path / "m", arrays, {"tokens": "ndarray"})
+        spec = MdsSource(path=str(tmp_path / "m"))
+        if len(set(types)) == 1:
+            assert tokens_of(open_token_source(spec, None, SPLITS)) == documents
+            continue
+        said = rf"shard\.00001\.mds holds tokens of {types[1]}, the shards before it of {types[0]}"
+        with pytest.raises(DataError, match=said):
+            open_token_source(spec, None, SPLITS)
+
+
 def as_array(tokens: list[int], dtype: str, with_type: bool) -> bytes:
     """One dimension: the type's code if the column leaves it open, shape, values."""
     code = {"uint16": 16, "int32": 33, "int64": 65}[dtype]
