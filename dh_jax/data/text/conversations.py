@@ -109,8 +109,9 @@ def _turns(value: Any, role_key: str, content_key: str) -> list[Message]:
 def _turn(turn: Any, role_key: str, content_key: str) -> Message:
     if not isinstance(turn, Mapping):
         raise Fault("not_a_conversation", f"a turn is {str(turn)[:40]!r}, not role and content")
-    # A few ShareGPT files say role and content, a few files of messages from and value.
-    name = turn.get(role_key, turn.get("from", turn.get("role")))
+    # A few ShareGPT files say role and content, a few files of messages from and value. In Arrow
+    # every turn has all keys that any has, null where it has none.
+    name = _first(turn, role_key, "from", "role")
     role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:
         raise Fault(
@@ -121,10 +122,14 @@ def _turn(turn: Any, role_key: str, content_key: str) -> Message:
     reasoning = next((turn[key] for key in REASONING if turn.get(key)), None)
     if reasoning:
         kept[REASONING[0]] = _content(reasoning)
-    content = turn.get(content_key, turn.get("value", turn.get("content")))
+    content = _first(turn, content_key, "value", "content")
     if content is None and "tool_calls" in kept:
         return {"role": role, "content": None, **kept}
     return {"role": role, "content": _content(content), **kept}
+
+
+def _first(turn: Mapping[str, Any], *keys: str) -> Any:
+    return next((turn[key] for key in keys if turn.get(key) is not None), None)
 
 
 def _content(value: Any) -> str:

@@ -38,6 +38,7 @@ def test_the_same_conversation_in_every_shape_is_the_same_document() -> None:
         ("messages", {"messages": json.dumps(PLAIN)}, {}),
         ("messages", {"chat": sharegpt}, {"messages": "chat"}),
         ("sharegpt", {"conversations": sharegpt}, {}),
+        ("messages", {"messages": [{"content": None, "role": None, **x} for x in sharegpt]}, {}),
         ("sharegpt", {"conversations": sharegpt[1:], "s": "Be brief."}, {"system": "s"}),
         ("sharegpt", {"conversations": turns("role", "content", "system", "user", "bing")}, {}),
         ("instruction", {"instruction": "Où ?", "input": "", "output": "Là.", "s": "Be brief."},
