@@ -99,6 +99,9 @@ def reshard_loaders(states: Sequence[Mapping[str, Any]], count: int) -> Resharde
         )
     if first["identity"]["stored"]:
         raise StateError("states of prepared stores fit any number of hosts as they are")
+    weights = weights_of_all(
+        [{name: part["weight"] for name, part in s["mixture"].items()} for s in states]
+    )
     mixtures: list[dict[str, Any]] = [{} for _ in range(count)]
     again = 0
     for name in first["mixture"]:
@@ -118,7 +121,7 @@ def reshard_loaders(states: Sequence[Mapping[str, Any]], count: int) -> Resharde
                 for key in ("rows", "tokens", "truncated")
             }
             mixture[name] = {
-                "weight": parts[0]["weight"],
+                "weight": weights[name],
                 "deficit": sum(part["deficit"] for part in parts) / count,
                 **totals,
                 "source": {
@@ -135,6 +138,25 @@ def reshard_loaders(states: Sequence[Mapping[str, Any]], count: int) -> Resharde
             }
     filled = _filled(states, count)
     return Resharded([{**first, **filled, "mixture": mixture} for mixture in mixtures], again)
+
+
+def weights_of_all(hosts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mixture of hosts of which each has set to 0 what ran dry there, and scaled up the rest:
+    ratios hold wherever two sources go on, so those of one host are filled from another's.
+
+    Args:
+        hosts: weights by source, of every host.
+    """
+    first, *others = sorted(hosts, key=lambda own: -sum(x > 0 for x in own.values()))
+    found = dict(first)
+    for own in others:
+        common = [name for name in found if found[name] > 0 and own[name] > 0]
+        scale = 1.0
+        if common:
+            scale = sum(found[name] for name in common) / sum(own[name] for name in common)
+        found = {name: x if x > 0 else own[name] * scale for name, x in found.items()}
+    total = sum(found.values())
+    return {name: x / total if total else 0.0 for name, x in found.items()}
 
 
 def loader_states(states: Sequence[Mapping[str, Any]], count: int) -> Resharded:

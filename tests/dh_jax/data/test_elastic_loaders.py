@@ -7,8 +7,10 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from dh_jax.data.elastic import reshard_loaders
+from dh_jax.data.elastic import reshard_loaders, weights_of_all
 from dh_jax.data.loader import Loader, get_loader
 from dh_jax.errors import StateError
 
@@ -87,3 +89,21 @@ def test_states_of_another_run_or_step_or_of_a_store_are_refused(
         reshard_loaders([state], 3)
     for loader in old:
         loader.close()
+
+
+@given(
+    st.lists(st.floats(0.05, 1.0), min_size=2, max_size=5),
+    st.lists(st.sets(st.integers(1, 4), max_size=4), min_size=1, max_size=4),
+)
+def test_a_source_that_ran_dry_on_some_hosts_alone_keeps_its_share(
+    shares: list[float], dry: list[set[int]]
+) -> None:
+    hosts = []
+    for gone in dry:  # source 0 goes on everywhere
+        left = [0.0 if m in gone else share for m, share in enumerate(shares)]
+        hosts.append({str(m): x / sum(left) for m, x in enumerate(left)})
+    found = weights_of_all(hosts)
+    alive = [0.0 if all(m in gone for gone in dry) else share for m, share in enumerate(shares)]
+    for m, share in enumerate(alive):
+        assert found[str(m)] == pytest.approx(share / sum(alive))
+    assert sum(weights_of_all([{"a": 0.0, "b": 0.0}]).values()) == 0
