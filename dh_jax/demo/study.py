@@ -166,7 +166,7 @@ def run_jobs(jobs: list[Job], console: Console) -> None:
         console=console,
         disable=not drawn,
     )
-    tasks, told = {}, time.monotonic()
+    tasks, told, runs = {}, time.monotonic(), len(waiting)
     try:
         with bar:
             while waiting or running:
@@ -184,11 +184,15 @@ def run_jobs(jobs: list[Job], console: Console) -> None:
                     free.append(core)
                     if process.returncode:
                         raise UserError(f"run {job.out} failed: {_last_lines(_log(job))}")
-                    bar.console.print(f"{job.policy} {job.seed} is done")  # also in a log
+                    left = len(waiting) + len(running)
+                    bar.console.print(  # also in a log
+                        f"{job.policy} {job.seed} is done, {runs - left} of {runs}"
+                    )
                 if not drawn and time.monotonic() - told >= PAUSE:
                     told, now = time.monotonic(), [(job, *_progress(job)) for job in running]
                     console.print(", ".join(
-                        f"{job.policy} {job.seed}: step {step} of {total or '?'}"
+                        f"{job.policy} {job.seed}: "
+                        + (f"step {step} of {total}" if step else "compiling")
                         for job, step, total in now
                     ))  # fmt: skip
     finally:
