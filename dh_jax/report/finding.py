@@ -141,6 +141,10 @@ def _sentences(
                 f"({seconds(spent)} of {seconds(clocks[name].total)} a run), "
                 f"{percent(clocks[name].of_training)} of the training steps' own."
             )
+    compiling = {name: clock.seconds.get("compile", 0.0) for name, clock in clocks.items()}
+    if any(map(moves, clocks)) and any(compiling.values()):
+        each = join([f"{seconds(spent)} by {name}" for name, spent in compiling.items()])
+        said.append(f"What a run compiles, once, is not counted in that: {each}.")
     if differences:
         said.append(f"All runs trained on {_token_range(runs)} tokens.")
     return said
