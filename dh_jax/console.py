@@ -158,7 +158,7 @@ def _ending(written: Written, row: int) -> str:
 
 def print_price(price: Price, console: Console) -> None:
     """A dry run's estimate."""
-    table = Table("source", title="what the run takes")
+    table = Table("source", title="what the run takes at its first weights")
     for column in ("weight", "tokens", "available", "epochs"):
         table.add_column(column, justify="right")
     for name, source in price.sources.items():

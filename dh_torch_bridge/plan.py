@@ -290,6 +290,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         build = _builder(run)
         plans = []
         for layout in asked.layouts or [""]:
+            said = f"planning {layout or 'the layout'} on {asked.ranks:,} ranks"
+            print(said, file=sys.stderr, flush=True)
             config = run.distributed
             if layout:
                 sizes = ["shard=1", "replicate=1", "tensor=1", "pipeline=1", *layout.split(",")]

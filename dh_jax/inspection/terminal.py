@@ -48,6 +48,8 @@ def print_preview(preview: Preview, console: Console) -> None:
         f"targets learnt {preview.learnt:.2%} of tokens",
         highlight=False,
     )
+    if preview.rows:
+        console.print("the first rows of every source, numbered as they came:", highlight=False)
     _print_rows(preview.rows, console, SHOWN_CHARACTERS)
 
 
@@ -170,7 +172,8 @@ def _print_rows(rows: list[DecodedRow], console: Console, most: int | None = Non
     for row in rows:
         tokens = sum(len(segment.token_ids) for segment in row.segments)
         title = (
-            f"row {row.number}  {row.source}: {len(row.segments)} documents, {tokens:,} tokens, "
+            f"row {row.number}  {row.source}: {len(row.segments)} "
+            f"document{'s' * (len(row.segments) != 1)}, {tokens:,} tokens, "
             f"{row.padding:,} padding"
         )
         console.rule(Text(title))

@@ -347,10 +347,12 @@ def _documents(run: Run | None) -> Iterator[tuple[str, Drawing]]:
         for name in (*run.sources, *sorted(set(scores).difference(run.sources)))
         if name in scores
     }
+    count, scored = len(documents.documents), documents.scored or 0
+    ends = f", the ends of {scored:,} scored," if scored > count else ""
     yield _draw(
         "scores",
-        f"Influence of {len(documents.documents)} documents on the loss on {documents.target}",
-        "Each tick is a document, the diamond its source's mean. Left of 0 a document lowers the "
-        "loss (helps), right of 0 it raises it (harms).",
+        f"Influence of {count} documents{ends} on the loss on {documents.target}",
+        "Each tick is a document, the diamond the mean of its source's. Left of 0 a document lowers "
+        "the loss (helps), right of 0 it raises it (harms).",
         lambda width: viz.strips(groups, width, unit="influence on the loss (left helps)"),
     )

@@ -80,6 +80,7 @@ class Documents(NamedTuple):
 
     target: str  # names of the target probes
     documents: tuple[ScoredDocument, ...]
+    scored: int | None = None  # of which these are the ends, if the file says
 
 
 class Run(NamedTuple):
@@ -281,14 +282,13 @@ def _documents(path: Path) -> Documents | None:
     if not path.exists():
         return None
     f = _Fields(_json(path), str(path))
-    items = f.get("documents", list)
-    documents = []
-    for number, item in enumerate(items):
-        d = _Fields(item, f"{path} document {number}")
-        documents.append(
-            ScoredDocument(d.text("source"), d.text("id"), d.number("score"), d.text("text"))
-        )
-    return Documents(" and ".join(f.numbers("targets")), tuple(documents))
+    items = enumerate(f.get("documents", list))
+    read = [_Fields(item, f"{path} document {number}") for number, item in items]
+    documents = [
+        ScoredDocument(d.text("source"), d.text("id"), d.number("score"), d.text("text"))
+        for d in read
+    ]
+    return Documents(" and ".join(f.numbers("targets")), tuple(documents), f.record.get("scored"))
 
 
 def _sources(about: _Fields, train: tuple[TrainPoint, ...]) -> tuple[str, ...]:

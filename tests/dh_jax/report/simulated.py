@@ -102,7 +102,7 @@ def simulate(
             for i in range(60)
         ]  # fmt: skip
         (folder / "documents.json").write_text(
-            json.dumps({"targets": {"maths": 1.0}, "documents": scored})
+            json.dumps({"targets": {"maths": 1.0}, "scored": 187, "documents": scored})
         )
     return folder
 
