@@ -352,7 +352,7 @@ def _documents(run: Run | None) -> Iterator[tuple[str, Drawing]]:
     yield _draw(
         "scores",
         f"Influence of {count} documents{ends} on the loss on {documents.target}",
-        "Each tick is a document, the diamond the mean of its source's. Left of 0 a document lowers "
-        "the loss (helps), right of 0 it raises it (harms).",
+        "Each tick is a document, the diamond the mean of its source's. Left of 0 a document "
+        "lowers the loss (helps), right of 0 it raises it (harms).",
         lambda width: viz.strips(groups, width, unit="influence on the loss (left helps)"),
     )
