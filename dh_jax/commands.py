@@ -90,8 +90,13 @@ def influence(options: argparse.Namespace) -> int:
             looks.print_influence_price(price, console)
         return 0
     command = shlex.join(["dh", "influence", *options.overrides])
-    with module("progress").InfluenceProgress(console) as progress:
-        facts = module("attribution.command").influence(config, listener=progress, command=command)
+    score = module("attribution.command").influence
+    try:
+        with module("progress").InfluenceProgress(console) as progress:
+            facts = score(config, listener=progress, command=command)
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on behind the last whole shard")
+        return EXIT_INTERRUPTED
     if options.json:
         print(json.dumps(facts))
     console.print(

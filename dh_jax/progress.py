@@ -116,7 +116,7 @@ class TrainProgress(Bar):
         elif kind == "pace":
             self.note(
                 f"step {step:>6}  budget     moves have taken {record['spent'] / step:.1%} of the "
-                f"steps' time; the next is due at step {record['due']}"
+                f"steps' time, without what they compiled; the next is due at step {record['due']}"
             )
 
     def _note(self, step: int, what: str, values: dict[str, float]) -> None:
@@ -168,7 +168,7 @@ class InfluenceProgress(Bar):
         seconds, documents = now - self._first[0], done - self._first[1]
         pace = "" if total is None else ": compiling"  # which the first rows wait for
         if documents and seconds > 1:
-            pace = f"  {documents / seconds:.2f} documents/s"
+            pace = f"  {documents / seconds:.2f} pieces/s"
         self.show(f"{what}{pace}", done)
 
 
