@@ -2,6 +2,8 @@
 # Another interpreter: make PYTHON=/path/to/python3.12 demo
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
+# Containers like to set it: every process would compile every library anew, for seven seconds.
+unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help demo test slow lint bench bench-mixing notebooks docs accessible clean
 
 VENV := .venv

@@ -42,7 +42,7 @@ def train(options: argparse.Namespace) -> int:
     train = module("train")
     run = train.check(module("compose").compose_run(options.overrides))
     if options.dry_run:
-        with _console(stderr=True).status("compiling a step to price it"):
+        with _waiting("compiling a step to price it"):
             price = module("pricing").price_run(run)
         if options.json:
             print(module("inspection.rows").to_json(price))
@@ -82,7 +82,7 @@ def influence(options: argparse.Namespace) -> int:
     config = module("compose").compose("attribution", schema, options.overrides)
     console, looks = _console(stderr=options.json), module("console")
     if options.dry_run:
-        with _console(stderr=True).status("compiling a step to price it"):
+        with _waiting("compiling a step to price it"):
             price = module("attribution.price").price_influence(config)
         if options.json:
             print(module("inspection.rows").to_json(price))
@@ -239,7 +239,7 @@ def generate(options: argparse.Namespace) -> int:
     if options.samples < 1:
         raise ConfigError(f"--samples is {options.samples}; the least is 1")
     completion, console = module("completion"), module("console")
-    with _console(stderr=True).status("reading the model"):
+    with _waiting("reading the model"):
         model = completion.open_model(
             options.model, tokenizer=options.tokenizer, dtype=options.dtype
         )
@@ -317,6 +317,10 @@ def demo(options: argparse.Namespace) -> int:
 def module(name: str) -> Any:
     """A module of the library, imported when a command needs it: `--help` stays quick."""
     return importlib.import_module(f"dh_jax.{name}")
+
+
+def _waiting(said: str) -> Any:
+    return module("progress").waiting(_console(stderr=True), said)
 
 
 def _console(**settings: Any) -> Any:

@@ -25,15 +25,17 @@ def print_influence_price(price: InfluencePrice, console: Console) -> None:
     table = Table("step", title="what the run takes")
     table.add_column("minutes, from", justify="right")
     table.add_column("to", justify="right")
-    for name, seconds in (
-        ("fitting", price.fit_seconds),
-        ("queries", price.query_seconds),
-        ("scoring", price.score_seconds),
-        ("all", price.seconds),
+    slowest, compiling = price.slowest, price.compile_seconds
+    for name, least, most in (
+        ("compiling", compiling, compiling),
+        ("fitting", price.fit_seconds, slowest * price.fit_seconds),
+        ("queries", price.query_seconds, slowest * price.query_seconds),
+        ("scoring", price.score_seconds, slowest * price.score_seconds),
+        ("all", compiling + price.seconds, compiling + slowest * price.seconds),
     ):
-        table.add_row(name, f"{seconds / 60:,.1f}", f"{price.slowest * seconds / 60:,.1f}")
+        table.add_row(name, f"{least / 60:,.1f}", f"{most / 60:,.1f}")
     console.print(table)
-    console.print("on an idle machine; compiling comes on top, a minute or two on a processor")
+    console.print("at the pace that this machine has now; beside it libraries and data are loaded")
     console.print(f"parameters {price.parameters:,}, {price.coverage:.0%} of them measured")
     console.print(
         f"memory about {price.bytes / 2**30:.1f} GiB at the peak; "
@@ -83,6 +85,8 @@ def print_examination(found: dict[str, Any], console: Console) -> None:
             said = f"  {', '.join(extra['missing'])}: {extra['install']}"
             console.print(Text(said), soft_wrap=True)
     console.print("")
+    for hint in found["hints"]:
+        console.print(Text(f"hint: {hint}"), soft_wrap=True)
     for problem in found["problems"]:
         console.print(Text(f"problem: {problem}"), soft_wrap=True)
     if not found["problems"]:

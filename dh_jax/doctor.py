@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
@@ -36,7 +37,7 @@ def examine(addresses: Sequence[str] = ()) -> dict[str, Any]:
 
     Returns:
         Fit for JSON: ``versions``, ``devices``, ``memory`` (GiB), ``hub``, ``addresses``,
-        ``extras`` (what each lacks, and the command), ``problems`` (in words).
+        ``extras`` (what each lacks, and the command), ``hints`` and ``problems`` (in words).
 
     Raises:
         ConfigError: one of the addresses is a config value (``data=...``).
@@ -71,8 +72,21 @@ def examine(addresses: Sequence[str] = ()) -> dict[str, Any]:
         for name in extras()
         if (lacks := missing(name))
     }
+    found["hints"] = hints()
     found["problems"] = problems
     return found
+
+
+def hints() -> list[str]:
+    """What works and could work better."""
+    jax = importlib.util.find_spec("jax")
+    compiled = jax and jax.origin and Path(importlib.util.cache_from_source(jax.origin)).exists()
+    if not sys.dont_write_bytecode or compiled:
+        return []
+    return [
+        "PYTHONDONTWRITEBYTECODE is set and the libraries were installed without bytecode: every "
+        "command compiles them anew, for seconds; unset it"
+    ]
 
 
 def _cure(extra: str, lacks: Sequence[str]) -> str:

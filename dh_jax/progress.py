@@ -1,11 +1,14 @@
 """Progress of the commands: what is done, how fast, and the time left.
 
-A bar in a terminal or notebook; in a log or a pipe a line every few seconds.
+A bar in a terminal or notebook; in a log or a pipe a line every few seconds, also where nothing
+is new: then rarer and rarer, with the time that it has taken.
 """
 
 from __future__ import annotations
 
+import threading
 import time
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from rich.console import Console
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from dh_jax.data import prepare
 
 PAUSE = 10.0  # seconds at least between two lines of the same step
+SILENCE = 10.0  # after which a log gets a line though nothing is new
 
 
 class Bar:
@@ -36,7 +40,7 @@ class Bar:
 
     def __init__(self, console: Console, step: str, total: int | None = None):
         self._console = console
-        self._drawn = (console.is_terminal or console.is_jupyter) and not console.quiet
+        self._drawn = _draws(console)
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -50,15 +54,19 @@ class Bar:
         )
         self._task = self._bar.add_task(step, total=total)
         self._step, self._total = step, total
-        self._last = 0.0  # when a line was written
+        self._said, self._last = step, 0.0  # the last line, and when it was written
         self._held: str | None = None  # what has been said since
+        self._over = threading.Event()
 
     def __enter__(self) -> Self:
         self._bar.start()
         self._line(self._step)
+        if not self._drawn:
+            threading.Thread(target=self._beat, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._over.set()
         self._bar.stop()
         if self._held is not None:
             self._line(self._held)
@@ -84,8 +92,28 @@ class Bar:
 
     def _line(self, said: str) -> None:
         if not self._drawn:
-            self._last, self._held = time.monotonic(), None
+            self._said, self._last, self._held = said, time.monotonic(), None
             self.note(said)
+
+    def _beat(self) -> None:
+        """Break the silence of whatever takes long between two calls."""
+        pause = SILENCE
+        while not self._over.wait(pause):
+            if self._held is not None:
+                self._line(self._held)
+            silent = time.monotonic() - self._last
+            if silent >= pause:
+                self.note(f"{self._said}  ({silent:.0f} s)")
+            pause = 2 * pause if silent >= pause else SILENCE
+
+
+def waiting(console: Console, said: str) -> AbstractContextManager[object]:
+    """Say what is waited for: beside a spinner, or as lines of a log."""
+    return console.status(said) if _draws(console) else Bar(console, said)
+
+
+def _draws(console: Console) -> bool:
+    return (console.is_terminal or console.is_jupyter) and not console.quiet
 
 
 class TrainProgress(Bar):
@@ -105,7 +133,7 @@ class TrainProgress(Bar):
                 self._rate = rate if not self._rate else 0.9 * self._rate + 0.1 * rate
             self._before = now
             pace = f"  {self._rate:,.0f} tok/s" if self._rate else ""
-            self.show(f"loss {record['loss']:.3f}{pace}", step)
+            self.show(f"loss {record['loss']:.3f} nats{pace}", step)
         elif kind == "eval":
             losses = {name: x["bits_per_byte"] for name, x in record["domains"].items()}
             self._note(step, "bits/byte", losses)

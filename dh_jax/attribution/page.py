@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from dh_jax import viz
 from dh_jax.attribution.findings import EVERY, LEVELS, Findings, Shown
+from dh_jax.attribution.units import unit_of
 from dh_jax.influence.estimator import ENOUGH
 from dh_jax.inspection.rows import visible
 from dh_jax.report import finding
@@ -49,6 +50,7 @@ def render(findings: Findings, facts: Mapping[str, Any]) -> str:
         facts=facts,
         config=facts["config"],
         headline=headline(findings),
+        unit=unit_of(facts["config"]["estimator"]),
         notes=notes(findings, facts),
         drawings=[drawing(findings, k) for k in range(len(findings.queries))],
         styles=viz.source_styles(findings.sources),

@@ -11,6 +11,7 @@ loaded.
 from __future__ import annotations
 
 import resource
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ from dh_jax.batch import Batch
 from dh_jax.data.tokenization import TokenizerWrapper
 from dh_jax.dryrun import step_bytes
 from dh_jax.errors import ConfigError
+from dh_jax.influence.estimator import Estimator
 from dh_jax.influence.objective import Objective
 from dh_jax.models import decoder
 from dh_jax.pricing import MODEL_SHARE_OF_PEAK, matmul_rate
@@ -36,7 +38,7 @@ HUTCHINSON = 16  # products that set the solvers' damping
 class Price(NamedTuple):
     """An estimate; bytes, and seconds at the full rate of a matrix product.
 
-    ``slowest`` times the seconds is what small models take.
+    ``slowest`` times the seconds is what small models take, beside what is compiled.
     """
 
     parameters: int
@@ -45,6 +47,7 @@ class Price(NamedTuple):
     fit_seconds: float
     query_seconds: float
     score_seconds: float
+    compile_seconds: float  # of all programs, from the time that the scoring step took just now
     bytes: int  # at the peak, of the process
     query_bytes: int  # of all prepared queries
 
@@ -77,10 +80,12 @@ def price_influence(config: AttributionConfig) -> Price:
     state, prepared = _abstract(config, estimator.door, params, count)
     batch = _abstract_batch(config)
     temporary = 0
+    started = time.perf_counter()
     if state is not None:
         key = jax.eval_shape(lambda: jax.random.key(0))
         step = jax.jit(estimator.score).lower(params, state, prepared, batch, key)
         temporary = step_bytes(step.compile())
+    compiling = (time.perf_counter() - started) * _programs(config, estimator)
     query_bytes, weights = _bytes(prepared), _bytes(params)
     # Two copies of the queries more while they are joined and finished, before any is scored.
     peak = max(temporary, weights + 3 * query_bytes) + _fitted_bytes(config, estimator.door, params)
@@ -104,6 +109,7 @@ def price_influence(config: AttributionConfig) -> Price:
         once,
         3 * query_documents * document + (steps * count * products if solver else 0),
         (passes + own) * config.documents * document,
+        compiling,
         peak + resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         query_bytes,
     )
@@ -122,6 +128,13 @@ def refuse_too_large(price: Price, limit: float) -> None:
             "set queries.average=true or queries.low_rank, lower estimator.chunk, or select "
             "fewer estimator.parameters"
         )
+
+
+def _programs(config: AttributionConfig, estimator: Estimator) -> int:
+    """Programs that take about as long to compile as the scoring step: those of the queries, of
+    the fit, of self-influence and of the tokens that a report tints."""
+    tinted = config.tinted > 0 and estimator.by_token is not None
+    return 2 + (config.estimator.name in FITTED) + config.self_influence + tinted
 
 
 def _queries(config: AttributionConfig) -> int:

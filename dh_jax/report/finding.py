@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 
 from dh_jax.report.runs import Run
 from dh_jax.report.statistics import (
-    BASELINES,
     Clock,
     Difference,
     Spread,
@@ -16,6 +15,7 @@ from dh_jax.report.statistics import (
     by_policy,
     clock,
     finals,
+    is_baseline,
     refusal,
     spread,
     target_loss,
@@ -28,14 +28,14 @@ from dh_jax.report.teaching import DISTILLED
 def summarise(runs: Sequence[Run]) -> Summary:
     """What the runs show, in numbers and in words.
 
-    A comparison is made only between finished runs of steered policies and of the baselines
-    static and uniform, at equal tokens and on shared seeds; otherwise `Summary.refusal` says
-    why not and `Summary.differences` is empty.
+    A comparison is made only between finished runs, at equal tokens and on shared seeds, of
+    steered policies with the baselines static and uniform (without any, of all with the first
+    run's policy); otherwise `Summary.refusal` says why not and `Summary.differences` is empty.
     """
     groups = by_policy(runs)
     targets = target_weights(runs)
     refused = refusal(runs, targets) if len(runs) > 1 else None
-    differences = () if refused else tuple(all_differences(groups, targets))
+    differences = () if refused else tuple(all_differences(runs, targets))
     losses = {
         name: spread(target_loss(r.evals[-1], targets) for r in ended)
         for name, group in groups.items()
@@ -79,14 +79,33 @@ def _headline(
         for d in told:
             groups.setdefault(_verb(d), []).append(d.baseline)
         verbs = "; it ".join(f"{verb} {join(b)}{rest}" for (verb, rest), b in groups.items())
-        subject = f"mixing steered by {name}" if moves(name) else "a student of its teacher"
+        subject = f"mixing steered by {name}" if moves(name) else f"{name} mixing"
+        if not moves(name) and DISTILLED in name:
+            subject = "a student of its teacher"
         parts.append(f"On held-out {join(list(targets))}, {subject} {verbs}.")
+        others = [d for d in differences if d.steered == name and d.domain not in (None, *targets)]
+        if others:
+            parts.append(_price_elsewhere(others))
     return " ".join(parts)
+
+
+def _price_elsewhere(differences: Sequence[Difference]) -> str:
+    """What the domains that were not aimed at paid, or gained, as a mean over them."""
+    means: dict[str, list[float]] = {}
+    for d in differences:
+        means.setdefault(d.baseline, []).append(d.spread.mean)
+    said = []
+    for base, found in means.items():
+        mean = sum(found) / len(found)
+        said.append(f"{number(abs(mean))} {'behind' if mean > 0 else 'ahead of'} {base}")
+    count = max(map(len, means.values()))
+    which = "the other domain it is" if count == 1 else f"the {count} others it is on average"
+    return f"On {which} {join(said)} (nats a token)."
 
 
 def moves(policy: str) -> bool:
     """Whether a policy, as a report names it, moves the mixture."""
-    return policy.removesuffix(DISTILLED) not in BASELINES
+    return not is_baseline(policy.replace(DISTILLED, ""))
 
 
 def _verb(d: Difference) -> tuple[str, str]:
@@ -104,15 +123,10 @@ def _verb(d: Difference) -> tuple[str, str]:
 
 
 def _progress(runs: Sequence[Run], targets: Mapping[str, float]) -> str:
-    """One policy, or none that is steered: how far the held-out loss came."""
+    """One policy: how far the held-out loss came."""
     with_evals = [run for run in runs if run.evals]
     if not with_evals:
         return f"{runs[0].label}: no evaluation yet after {amount(runs[0].tokens)} tokens."
-    groups = by_policy(with_evals)
-    if len(groups) > 1:
-        ends = {n: spread(target_loss(r.evals[-1], targets) for r in g) for n, g in groups.items()}
-        said = ", ".join(f"{number(s.mean)} with {name}" for name, s in ends.items())
-        return f"Held-out loss on {join(list(targets))} ends at {said} mixing (nats a token)."
     first = spread(target_loss(r.evals[0], targets) for r in with_evals)
     last = spread(target_loss(r.evals[-1], targets) for r in with_evals)
     moved = "fell" if last.mean < first.mean else "rose" if last.mean > first.mean else "stayed"

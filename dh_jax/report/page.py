@@ -19,7 +19,8 @@ from dh_jax.errors import DataError
 from dh_jax.report import finding, plots
 from dh_jax.report.runs import Run, ScoredDocument, find_runs, load_run
 from dh_jax.report.statistics import Summary, by_policy, config_differences
-from dh_jax.report.teaching import DISTILLED, is_distilled, teaching
+from dh_jax.report.teaching import is_distilled, teaching
+from dh_jax.report.variants import tell_apart
 
 HERE = Path(__file__).resolve().parent
 SHOWN_DOCUMENTS = 6  # at each end
@@ -52,7 +53,7 @@ def write_report(folders: Sequence[Path], out: Path, *, title: str | None = None
     paths = list(dict.fromkeys(p.resolve() for folder in folders for p in find_runs(Path(folder))))
     if not paths:
         raise DataError("no run folder was named; a report needs at least one")
-    runs = [load_run(path) for path in paths]
+    runs = tell_apart([load_run(path) for path in paths])
     summary = finding.summarise(runs)
     out = Path(out)
     write_page(out / "report.html" if out.is_dir() else out, render(runs, summary, title))
@@ -196,7 +197,7 @@ def command_of(run: Run) -> str:
     for group in ("data", "model", "mesh"):
         if name := (run.config.get(group) or {}).get("name"):
             words.append(f"{group}={name}")
-    words.append(f"mixing={run.policy.removesuffix(DISTILLED)}")
+    words.append(f"mixing={run.config['mixing']['policy']}")
     taught = ("distillation",) if is_distilled(run.config) else ()
     for group in ("mixing", "influence", *taught, "training"):
         for key, value in (run.config.get(group) or {}).items():

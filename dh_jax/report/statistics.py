@@ -31,6 +31,7 @@ class Spread(NamedTuple):
 
 class Difference(NamedTuple):
     """Steered minus baseline, seed by seed, in nats a target; negative = steered is better.
+    (Where no policy is a baseline, the first run's stands for one: see `references`.)
 
     ``interval`` (95 %, two-sided) is None below two seeds. ``relative`` is the mean difference
     as a fraction of the baseline's mean.
@@ -158,15 +159,28 @@ def interval(s: Spread, confidence: float = CONFIDENCE) -> tuple[float, float] |
 # --- runs ------------------------------------------------------------------------------------
 
 
+def is_baseline(policy: str) -> bool:
+    """Whether others are measured against a policy, as a report names it (``static (a)``, too)."""
+    return policy.partition(" (")[0] in BASELINES
+
+
 def by_policy(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Runs by policy, steered policies first, each sorted by seed."""
-    names = {run.policy for run in runs}
-    steered = sorted(names.difference(BASELINES))
-    order = [*steered, *(name for name in BASELINES if name in names)]
+    order = sorted({run.policy for run in runs}, key=lambda name: (is_baseline(name), name))
     return {
         name: sorted((r for r in runs if r.policy == name), key=lambda r: (r.seed, str(r.folder)))
         for name in order
     }
+
+
+def references(runs: Sequence[Run]) -> list[str]:
+    """The policies that all others are measured against: the baselines, or the first run's where
+    there are none, or nothing else."""
+    names = list(by_policy(runs))
+    baselines = [name for name in names if is_baseline(name)]
+    if baselines and len(baselines) < len(names):
+        return baselines
+    return [runs[0].policy] if len(names) > 1 else []
 
 
 def target_weights(runs: Sequence[Run]) -> dict[str, float]:
@@ -174,7 +188,7 @@ def target_weights(runs: Sequence[Run]) -> dict[str, float]:
 
     A run without targets is judged on all its domains equally.
     """
-    first = next((r for r in runs if r.policy not in BASELINES and r.targets), None)
+    first = next((r for r in runs if not is_baseline(r.policy) and r.targets), None)
     first = first or next((r for r in runs if r.targets), None)
     if first is None:
         names = next((list(r.evals[-1].domains) for r in runs if r.evals), [])
@@ -214,9 +228,8 @@ def refusal(runs: Sequence[Run], targets: Mapping[str, float]) -> str | None:
         )
     if diverged := [r.label for r in runs if not math.isfinite(target_loss(r.evals[-1], targets))]:
         return f"the final loss is not finite in {', '.join(diverged)}"
-    steered = [name for name in groups if name not in BASELINES]
-    for name in steered:
-        for base in set(BASELINES) & set(groups):
+    for name in (n for n in groups if n not in references(runs)):
+        for base in references(runs):
             if not {r.seed for r in groups[name]} & {r.seed for r in groups[base]}:
                 return f"{name} and {base} share no seed, so nothing can be paired"
     return None
@@ -303,13 +316,12 @@ def difference(
     )  # fmt: skip
 
 
-def all_differences(
-    groups: Mapping[str, list[Run]], targets: Mapping[str, float]
-) -> list[Difference]:
-    """Every steered policy against every baseline: on the targets, then on each domain."""
+def all_differences(runs: Sequence[Run], targets: Mapping[str, float]) -> list[Difference]:
+    """Every policy against every one of `references`: on the targets, then on each domain."""
     found = []
-    for name in (n for n in groups if n not in BASELINES):
-        for base in (n for n in BASELINES if n in groups):
+    groups, bases = by_policy(runs), references(runs)
+    for name in (n for n in groups if n not in bases):
+        for base in bases:
             found.append(difference(groups[name], groups[base], targets, None))
             evaluated = [set(r.evals[-1].domains) for r in (*groups[name], *groups[base])]
             order = dict.fromkeys([*targets, *groups[name][0].evals[-1].domains])

@@ -22,7 +22,7 @@ def to_svg(figure: Figure, *, key: str, title: str, description: str, kind: str 
 
     Args:
         figure: made by `dh_jax.viz`.
-        key: unique in the page; prefixes every id.
+        key: unique in the page; prefixes every id (what an id may not hold becomes ``-``).
         title: the drawing's name, for those who cannot see it; also its tooltip.
         description: what it shows, in a sentence.
         kind: CSS class of the ``<svg>``.
@@ -30,6 +30,7 @@ def to_svg(figure: Figure, *, key: str, title: str, description: str, kind: str 
     Returns:
         One ``<svg>`` element. The same figure and key give the same text.
     """
+    key = re.sub(r"[^\w-]+", "-", key)
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": key}):

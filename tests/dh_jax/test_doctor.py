@@ -52,6 +52,17 @@ def test_doctor_finds_a_missing_library_and_an_address_that_leads_nowhere(
     assert [p.partition(" ")[0] for p in found["problems"]] == ["flax", f"{nowhere}:"]
 
 
+def test_doctor_hints_at_bytecode_that_is_never_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    monkeypatch.setattr("sys.pycache_prefix", str(tmp_path))  # where nothing was ever kept
+    (hint,) = doctor.hints()
+    assert "PYTHONDONTWRITEBYTECODE" in hint and "unset" in hint
+    monkeypatch.setattr("sys.dont_write_bytecode", False)
+    assert doctor.hints() == []
+
+
 def test_doctor_tells_configs_from_addresses_and_files_from_packages(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import time
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from dh_jax import progress
-from dh_jax.progress import InfluenceProgress, TrainProgress
+from dh_jax.progress import InfluenceProgress, SearchProgress, TrainProgress, waiting
 
 
 def trained(step: int, loss: float) -> dict[str, Any]:
@@ -24,9 +25,9 @@ def test_a_log_gets_lines_and_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
         told({"kind": "eval", "step": 10, "domains": {"code": {"bits_per_byte": 1.25}}})
         told(trained(20, 4.25))
     first, early, judged, last = log.getvalue().splitlines()
-    assert (first, early) == ("starting", "loss 5.500  1 of 20")
+    assert (first, early) == ("starting", "loss 5.500 nats  1 of 20")
     assert judged == "step     10  bits/byte  code 1.250"
-    assert last.startswith("loss 4.250  ") and last.endswith(" tok/s  20 of 20")
+    assert last.startswith("loss 4.250 nats  ") and last.endswith(" tok/s  20 of 20")
 
 
 def test_lines_of_one_step_keep_their_distance() -> None:
@@ -38,6 +39,28 @@ def test_lines_of_one_step_keep_their_distance() -> None:
     *steps, last = log.getvalue().splitlines()
     assert steps == ["reading", "fitting", "scoring"]
     assert last == "scoring: compiling  90 of 100"  # all within a second: no pace to tell
+
+
+def test_a_log_is_not_silent_while_nothing_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = io.StringIO()
+    monkeypatch.setattr(progress, "SILENCE", 0.1)
+    with waiting(Console(file=log, width=100), "compiling"):
+        time.sleep(1.0)  # lines after .1, .3 and .7 seconds
+    first, *later = log.getvalue().splitlines()
+    assert first == "compiling"
+    assert 1 <= len(later) <= 3 and all(line.startswith("compiling  (") for line in later)
+    said = len(log.getvalue())
+    time.sleep(0.5)
+    assert len(log.getvalue()) == said  # it ends with what it waits for
+
+
+def test_what_was_held_back_is_said_once_it_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = io.StringIO()
+    monkeypatch.setattr(progress, "SILENCE", 0.1)
+    with SearchProgress(Console(file=log, width=100)) as told:
+        told(3, 10)
+        time.sleep(0.5)
+        assert log.getvalue().splitlines()[:2] == ["proxies", "proxies  3 of 10"]
 
 
 def test_a_terminal_gets_a_bar() -> None:

@@ -126,9 +126,18 @@ def test_the_headline_says_how_it_went_and_not_better(
 
 def test_the_headline_tells_baselines_apart(nine: list[Path]) -> None:
     finals = {"influence": [4.0, 4.1, 4.2], "static": [4.5, 4.6, 4.71], "uniform": [3.5, 3.6, 3.71]}
-    headline = summarise(with_final([load_run(f) for f in nine], finals)).headline
-    assert headline == (
+    runs = with_final([load_run(f) for f in nine], finals)
+    headline = summarise(runs).headline
+    aimed, _, elsewhere = headline.partition(" On the 4 others it is on average ")
+    assert aimed == (
         "On held-out maths, mixing steered by influence beats static; it does worse than uniform."
+    )
+    others = [SOURCES.index(name) for name in SOURCES if name != "maths"]
+    ours, static, uniform = (
+        last_losses(nine, name)[:, others].mean() for name in ("influence", "static", "uniform")
+    )
+    assert elsewhere == (
+        f"{ours - static:.3f} behind static and {ours - uniform:.3f} behind uniform (nats a token)."
     )
 
 

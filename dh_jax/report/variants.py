@@ -1,0 +1,71 @@
+"""Runs of one policy under different settings get names of their own, so that none stands for
+another's repetition."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from dh_jax.report.runs import Run
+from dh_jax.report.statistics import by_policy, config_differences, flat
+
+# What repetitions of a run may differ in: the seed, and where and how they were kept.
+REPEATED = ("training.seed", "data.seed", "out", "resume", "training.tensorboard", "training.wandb",
+            "training.keep", "training.checkpoint_interval")  # fmt: skip
+MOST_KEYS, MOST_LETTERS = 2, 40  # of a name; where settings differ in more, folders name them
+
+
+def tell_apart(runs: Sequence[Run]) -> list[Run]:
+    """The runs, in their order; those of a policy that has two of one seed renamed.
+
+    Such runs do not repeat each other. Their settings are named by what they differ in, as in
+    ``influence (budget 0.05)``, else by what the names of their folders begin with; runs of one
+    setting and seed by their own folders.
+    """
+    names: dict[Path, str] = {}
+    for policy, group in by_policy(runs).items():
+        if _repeats(group):
+            names |= {folder: f"{policy} ({name})" for folder, name in _names(group).items()}
+    return [run._replace(policy=names.get(run.folder, run.policy)) for run in runs]
+
+
+def _repeats(group: Sequence[Run]) -> bool:
+    return len({run.seed for run in group}) < len(group)
+
+
+def _names(group: Sequence[Run]) -> dict[Path, str]:
+    settings: dict[str, list[Run]] = {}
+    for run in group:
+        kept = {key: value for key, value in flat(run.config).items() if key not in REPEATED}
+        settings.setdefault(json.dumps(kept, sort_keys=True, default=str), []).append(run)
+    several = not any(map(_repeats, settings.values()))
+    differing = [key for key in config_differences(group) if key not in REPEATED]
+    if several and len(differing) <= MOST_KEYS:
+        names = {run.folder: _values(run, differing) for run in group}
+        if max(map(len, names.values())) <= MOST_LETTERS:
+            return names
+    if several:
+        begins = [_beginning(same) for same in settings.values()]
+        if all(begins) and len(set(begins)) == len(begins):
+            pairs = zip(settings.values(), begins, strict=True)
+            return {run.folder: name for same, name in pairs for run in same}
+    alike = len({run.folder.name for run in group}) < len(group)
+    return {r.folder: str(Path(*r.folder.parts[-2:])) if alike else r.folder.name for r in group}
+
+
+def _values(run: Run, keys: Sequence[str]) -> str:
+    config = flat(run.config)
+    return ", ".join(
+        f"{key.rpartition('.')[2]} {'none' if config.get(key) is None else config[key]}"
+        for key in keys
+    )
+
+
+def _beginning(runs: Sequence[Run]) -> str:
+    """The name of a run's folder, or of several the one they have but for a seed's number."""
+    names = {run.folder.name for run in runs}
+    if len(names) > 1:
+        names = {re.sub(r"[-_.]?\d+$", "", name) for name in names}
+    return names.pop() if len(names) == 1 else ""
