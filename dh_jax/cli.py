@@ -225,7 +225,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("inspect", commands.inspect, "Show what a data config yields.")
     sub.add_argument("--split", default="train", choices=("train", "probe", "eval"))
     sub.add_argument("--batches", type=int, default=8, help="batches drawn for the statistics")
-    sub.add_argument("--rows", type=int, default=4, help="rows decoded")
+    sub.add_argument(
+        "--rows", type=int, help="rows decoded; default: one of every source, at most 8"
+    )
     sub.add_argument(
         "--documents", type=int, default=1000, help="documents surveyed of each streamed source"
     )

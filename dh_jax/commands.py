@@ -20,6 +20,7 @@ from dh_jax.errors import ConfigError
 
 EXIT_INTERRUPTED = 130
 PATIENCE = 1.0  # seconds of silence, of libraries that load, before a word is said
+MOST_ROWS = 8  # that `dh inspect` decodes unasked, one of every source
 SHOWN = 4000  # characters of a document that `dh show` prints unasked
 
 
@@ -172,7 +173,8 @@ def prepare(options: argparse.Namespace) -> int:
 def inspect(options: argparse.Namespace) -> int:
     run = module("compose").compose_run(options.overrides)
     found = module("inspection.preview").preview(
-        run.data, split=options.split, batches=options.batches, rows=options.rows,
+        run.data, split=options.split, batches=options.batches,
+        rows=min(len(run.data.sources), MOST_ROWS) if options.rows is None else options.rows,
         documents=options.documents,
     )  # fmt: skip
     if options.html is not None:
@@ -277,13 +279,17 @@ def configs(options: argparse.Namespace) -> int:
         shown = module("compose").show(options.overrides)
         print(json.dumps(shown) if options.json else module("compose").as_yaml(shown), end="")
         return 0
-    groups = config.list_configs()
+    groups = config.describe_configs()
     if options.json:
-        print(json.dumps({"folder": str(config.config_folder()), "groups": groups}))
+        names = {group: list(configs) for group, configs in groups.items()}
+        facts = {"folder": str(config.config_folder()), "groups": names, "about": groups}
+        print(json.dumps(facts))
         return 0
     print(config.config_folder())
-    for group, names in groups.items():
-        print(f"{group:<12} {', '.join(names)}")
+    for group, configs in groups.items():
+        print(f"\n{group}=")
+        for name, about in configs.items():
+            print(f"  {name:<18} {about}")
     return 0
 
 

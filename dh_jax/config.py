@@ -9,7 +9,9 @@ application. Unknown keys are refused everywhere.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -134,6 +136,22 @@ def list_configs() -> dict[str, list[str]]:
     root = config_folder()
     groups = sorted(p for p in root.iterdir() if p.is_dir())
     return {g.name: sorted(p.stem for p in g.glob("*.yaml")) for g in groups}
+
+
+def describe_configs() -> dict[str, dict[str, str]]:
+    """The shipped configs by group and name, each with the first sentence of its comment."""
+    root = config_folder()
+    return {
+        group: {name: _first_sentence(root / group / f"{name}.yaml") for name in names}
+        for group, names in list_configs().items()
+    }
+
+
+def _first_sentence(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comment = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    text = " ".join(line.removeprefix("#").strip() for line in comment)
+    return re.split(r"(?<! al)\.(?= |$)", text, maxsplit=1)[0]
 
 
 def load_data_config(

@@ -88,7 +88,7 @@ class Bar:
 
     def note(self, said: str) -> None:
         """A line that stays, above the bar."""
-        self._console.print(said, highlight=False)
+        self._console.print(said, highlight=False, soft_wrap=True)
 
     def _line(self, said: str) -> None:
         if not self._drawn:
@@ -142,9 +142,11 @@ class TrainProgress(Bar):
         elif kind == "reweight":
             self._note(step, "weights", record["weights"])
         elif kind == "pace":
+            late = self._total is not None and record["due"] > self._total
             self.note(
                 f"step {step:>6}  budget     moves have taken {record['spent'] / step:.1%} of the "
-                f"steps' time, without what they compiled; the next is due at step {record['due']}"
+                "steps' time, without what they compiled; the next is due at step "
+                f"{record['due']}{', behind the last' if late else ''}"
             )
 
     def _note(self, step: int, what: str, values: dict[str, float]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,9 @@ def render(findings: Findings, facts: Mapping[str, Any]) -> str:
         amount=finding.amount,
         percent=finding.percent,
         duration=duration,
-        figure=figures(findings),
+        figure=finding.figures(
+            d.helpfulness for s in findings.sections for d in (*s.helpful, *s.harmful)
+        ),
         first_words=first_words,
         visible=visible,
     )
@@ -60,23 +62,6 @@ def render(findings: Findings, facts: Mapping[str, Any]) -> str:
         style=Markup(stylesheet() + (HERE / "page.css").read_text(encoding="utf-8")),
         config_text=OmegaConf.to_yaml(OmegaConf.create(dict(facts["config"]))),
     )
-
-
-def figures(findings: Findings) -> Callable[[float], str]:
-    """Helpfulness with a sign and as many decimals as tell documents apart; scales differ by
-    estimator, so the largest value decides for the whole page."""
-    shown = [d.helpfulness for s in findings.sections for d in (*s.helpful, *s.harmful)]
-    most = max((abs(x) for x in shown if math.isfinite(x)), default=0.0)
-    power = math.floor(math.log10(most)) if most else 0
-
-    def figure(value: float) -> str:
-        if not math.isfinite(value):
-            return "–"
-        plain = -4 <= power <= 5
-        text = f"{value:+.{max(0, 2 - power)}f}" if plain else f"{value:+.2e}"
-        return text.replace("-", "\u2212")
-
-    return figure
 
 
 def duration(seconds: float) -> str:

@@ -27,7 +27,7 @@ def unit_of(estimator: Mapping[str, Any]) -> str:
     if name == "newton_step":
         return f"In {nats} of the query: what the document's presence among those fitted is worth."
     return (
-        f"In {nats} of the query, for a weight of 1 of the document in the training objective: "
-        "one more copy of it among a million documents is a millionth. A damped estimate: read "
-        "the order, and sizes beside one another."
+        f"To first order, in {nats} of the query, for a weight of 1 of the document in the "
+        "training objective. Through a damped curvature, which makes numbers large: read order "
+        "and ratios, not sizes."
     )

@@ -70,8 +70,9 @@ def run_demo(
     run_jobs(jobs, console)
     console.rule("5. report")
     report = folder / "report.html"
-    write_report([job.out for job in jobs], report, title="A mixture that steers itself")
-    console.print(f"{time.perf_counter() - start:.0f} s in all; open {report}")
+    found = write_report([job.out for job in jobs], report, title="A mixture that steers itself")
+    console.print(found.headline, highlight=False)
+    console.print(f"{time.perf_counter() - start:.0f} s; open {report}")
     return report
 
 
@@ -167,6 +168,7 @@ def run_jobs(jobs: list[Job], console: Console) -> None:
         disable=not drawn,
     )
     tasks, told, runs = {}, time.monotonic(), len(waiting)
+    begun: dict[Job, float] = {}
     try:
         with bar:
             while waiting or running:
@@ -174,6 +176,7 @@ def run_jobs(jobs: list[Job], console: Console) -> None:
                     job, core = waiting.pop(0), free.pop(0)
                     running[job] = _start(job, core, environment), core
                     tasks[job] = bar.add_task(f"{job.policy} {job.seed}", total=None)
+                    begun[job] = time.monotonic()
                 time.sleep(0.5)
                 for job, (process, core) in list(running.items()):
                     step, total = _progress(job)
@@ -189,12 +192,8 @@ def run_jobs(jobs: list[Job], console: Console) -> None:
                         f"{job.policy} {job.seed} is done, {runs - left} of {runs}"
                     )
                 if not drawn and time.monotonic() - told >= PAUSE:
-                    told, now = time.monotonic(), [(job, *_progress(job)) for job in running]
-                    console.print(", ".join(
-                        f"{job.policy} {job.seed}: "
-                        + (f"step {step} of {total}" if step else "compiling")
-                        for job, step, total in now
-                    ))  # fmt: skip
+                    told = time.monotonic()
+                    console.print(", ".join(_said(job, told - begun[job]) for job in running))
     finally:
         for process, _ in running.values():
             process.terminate()
@@ -214,6 +213,14 @@ def _start(job: Job, core: int | None, environment: dict[str, str]) -> subproces
             stdin=subprocess.DEVNULL,
             preexec_fn=pin,
         )
+
+
+def _said(job: Job, seconds: float) -> str:
+    step, total = _progress(job)
+    what = f"step {step} of {total}" if step else f"compiling ({seconds:.0f} s)"
+    if step == total:
+        what = "its last judgement"
+    return f"{job.policy} {job.seed}: {what}"
 
 
 def _log(job: Job) -> Path:

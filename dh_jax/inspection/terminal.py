@@ -49,7 +49,9 @@ def print_preview(preview: Preview, console: Console) -> None:
         highlight=False,
     )
     if preview.rows:
-        console.print("the first rows of every source, numbered as they came:", highlight=False)
+        shown = len({row.source for row in preview.rows})
+        every = "every source" if shown == len(preview.sources) else f"{shown} sources (--rows)"
+        console.print(f"the first rows of {every}, numbered as they came:", highlight=False)
     _print_rows(preview.rows, console, SHOWN_CHARACTERS)
 
 

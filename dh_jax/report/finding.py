@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from dh_jax.report.runs import Run
 from dh_jax.report.statistics import (
@@ -213,6 +213,22 @@ def number(value: float, digits: int = 3) -> str:
 def signed(value: float, digits: int = 3) -> str:
     """As `number`, with a plus sign where it is positive."""
     return f"+{number(value, digits)}" if value > 0 else number(value, digits)
+
+
+def figures(values: Iterable[float]) -> Callable[[float], str]:
+    """For scores, whose scale an estimator decides: with a sign, and as many decimals as tell
+    ``values`` apart; the largest decides for all."""
+    most = max((abs(x) for x in values if math.isfinite(x)), default=0.0)
+    power = math.floor(math.log10(most)) if most else 0
+
+    def figure(value: float) -> str:
+        if not math.isfinite(value):
+            return "–"
+        plain = -4 <= power <= 5
+        text = f"{value:+.{max(0, 2 - power)}f}" if plain else f"{value:+.2e}"
+        return text.replace("-", "\u2212")
+
+    return figure
 
 
 def percent(share: float) -> str:

@@ -23,7 +23,7 @@ from dh_jax.report.teaching import is_distilled, teaching
 from dh_jax.report.variants import tell_apart
 
 HERE = Path(__file__).resolve().parent
-SHOWN_DOCUMENTS = 6  # at each end
+SHOWN_DOCUMENTS = 8  # at each end
 SHOWN_CHARACTERS = 2000
 
 
@@ -82,17 +82,19 @@ def render(runs: Sequence[Run], summary: Summary, title: str | None = None) -> s
     """The page as text."""
     groups = by_policy(runs)
     ordered = [run for group in groups.values() for run in group]
+    scored = plots.scored_run(groups)
+    shown = excerpts(scored)
     template = page_template(
         HERE,
         number=finding.number,
         signed=finding.signed,
+        figure=finding.figures(d.document.score for end in shown.values() for d in end),
         percent=finding.percent,
         signed_percent=finding.signed_percent,
         amount=finding.amount,
         seconds=finding.seconds,
         join_words=finding.join,
     )
-    scored = plots.scored_run(groups)
     sources = plots.all_sources(groups)
     return template.render(
         title=title or default_title(runs),
@@ -112,7 +114,7 @@ def render(runs: Sequence[Run], summary: Summary, title: str | None = None) -> s
         sources=sources,
         phases=list(dict.fromkeys(p for c in summary.clock.values() for p in c.seconds)),
         scored=scored,
-        excerpts=excerpts(scored),
+        excerpts=shown,
         taught=[
             (run, points[-1]) for run in ordered if (points := teaching(run.folder, run.config))
         ],

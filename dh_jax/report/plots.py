@@ -203,9 +203,9 @@ def _mixture(runs: Mapping[str, list[Run]]) -> Iterator[tuple[str, Drawing]]:
             yield _draw(
                 f"helpfulness-{name}",
                 f"Helpfulness of each source, as {name} estimates it",
-                "Minus the influence on the targets' loss, as DataInf estimates it, in nats a "
-                "token for a weight of 1 given to the source: above 0 a source lowers that loss, "
-                f"below 0 it raises it{mean}.",
+                "Minus the influence on the targets' loss: above 0 a source lowers that loss, "
+                "below 0 it raises it. DataInf's own scale, which damping makes large: compare "
+                f"sources{mean}.",
                 lambda width, helpful=helpful: viz.lines(  # type: ignore[misc]
                     helpful,
                     width,

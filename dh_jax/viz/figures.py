@@ -18,6 +18,7 @@ from dh_jax.viz import parts
 from dh_jax.viz.parts import Series
 from dh_jax.viz.style import PAINT, Style
 
+LARGE = 1e4  # from here on an axis of either sign takes k and M
 Scale = Literal["free", "signed", "amount", "share"]
 
 
@@ -70,6 +71,8 @@ def lines(
     if scale in ("share", "amount"):
         ax.set_ylim(bottom=0)
     if scale == "signed":
+        if max(map(abs, ax.get_ylim())) >= LARGE:
+            ax.yaxis.set_major_formatter(EngFormatter(sep="\u202f"))
         ax.axhline(0, color=PAINT["muted"], linewidth=1, zorder=1)
     parts.token_axis(ax)
     parts.end_labels(ax, series)

@@ -35,12 +35,14 @@ class Series(NamedTuple):
 
 
 def mean_curve(curves: Sequence[Curve]) -> Curve:
-    """Mean over curves where all are defined, on the x of the first (others interpolated)."""
+    """Mean over curves where all are defined: on the x of the first within (others interpolated)
+    and on both ends, which no two runs' counts of tokens share."""
     if len(curves) == 1:
         return curves[0]
     start = max(min(x) for x, _ in curves)
     end = min(max(x) for x, _ in curves)
-    grid = np.asarray([x for x in curves[0][0] if start <= x <= end], dtype=float)
+    inside = [x for x in curves[0][0] if start < x < end]
+    grid = np.asarray([start, *inside, end] if start < end else [start], dtype=float)
     values = np.mean([np.interp(grid, x, y) for x, y in curves], axis=0)
     return grid.tolist(), values.tolist()
 

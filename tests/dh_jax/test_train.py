@@ -95,12 +95,14 @@ def parameters(out: Path) -> dict[str, np.ndarray]:
     return {str(path): np.asarray(leaf) for path, leaf in leaves}
 
 
-def test_a_run_killed_at_three_moments_continues_with_the_same_bits(
-    command: Any, reference: Path, tmp_path: Path
+@pytest.mark.parametrize("random_steps", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_run_killed_at_several_moments_continues_with_the_same_bits(
+    random_steps: int, command: Any, reference: Path, tmp_path: Path
 ) -> None:
-    """kill -9 once while a checkpoint is being written, and at two random steps."""
+    """kill -9 once while a checkpoint is being written, and at random steps."""
     out = tmp_path / "run"
-    moments: list[int | str] = ["writing", *sorted(random.Random(0).sample(range(4, STEPS), 2))]
+    steps = sorted(random.Random(0).sample(range(4, STEPS), random_steps))
+    moments: list[int | str] = ["writing", *steps]
     for moment in moments:
         process = command(out, "resume=true")
         while process.poll() is None:
@@ -122,6 +124,7 @@ def test_a_run_killed_at_three_moments_continues_with_the_same_bits(
         np.testing.assert_array_equal(array, theirs[path], err_msg=path)
 
 
+@pytest.mark.slow
 def test_sigterm_leaves_a_run_that_can_be_resumed(
     command: Any, reference: Path, tmp_path: Path
 ) -> None:
@@ -149,6 +152,7 @@ def test_the_log_shows_training_judging_and_moving_weights(reference: Path) -> N
     assert json.loads((reference / "run.json").read_text())["status"] == "finished"
 
 
+@pytest.mark.slow  # test_mistakes.py and a test below make these mistakes in one process
 def test_another_config_or_an_occupied_folder_is_refused_in_one_line(
     command: Any, reference: Path
 ) -> None:

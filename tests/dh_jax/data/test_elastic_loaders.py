@@ -45,8 +45,12 @@ def tokens_of(loader: Loader, steps: int | None = None) -> Counter[tuple[int, in
     return seen
 
 
+MORE = [(2, 1, 60), (2, 3, 90)]
+
+
 @pytest.mark.parametrize(
-    ("before", "after", "steps"), [(3, 2, 20), (1, 3, 20), (2, 1, 60), (2, 3, 90)]
+    ("before", "after", "steps"),
+    [(3, 2, 20), (1, 3, 20), *(pytest.param(*x, marks=pytest.mark.slow) for x in MORE)],
 )
 def test_nothing_is_lost_and_little_seen_twice(
     hosts: Any, before: int, after: int, steps: int

@@ -173,6 +173,7 @@ def test_constrain_means_nothing_without_a_mesh_and_changes_no_value_with_one() 
     assert jax.jit(lambda x: jax.jvp(summed, (x,), (x,)))(odd)[1] == 2 * 60
 
 
+@pytest.mark.slow
 def test_saying_where_activations_live_halves_what_crosses_the_network(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -108,6 +108,7 @@ def test_parameters_and_moments_keep_their_places_and_nothing_is_compiled_twice(
     assert on_eight.step.func._cache_size() == 1  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_in_float64_the_losses_agree_to_nine_digits() -> None:
     with jax.enable_x64(True):
         params = float64_model.build(V, 128, 256, 1, KEY)

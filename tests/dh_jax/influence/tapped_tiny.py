@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -13,6 +15,7 @@ VOCAB, WIDTH, INNER = tiny.VOCAB, 5, 6
 SCOPED = r"^(?!head)"  # all that is tapped
 
 
+@functools.partial(jax.jit, static_argnames=("dtype", "tied"))
 def make_params(key, dtype=jnp.float32, *, tied=False):
     keys = iter(jax.random.split(key, 12))
 

@@ -32,7 +32,7 @@ def plain_gradient(params, batch, parameters=lambda path: True):
         loss_BT = tiny.sequence_loss(params, batch, KEY)
         return (loss_BT.sum(1) / batch.loss_mask_BT.sum(1)).mean()
 
-    gradient = jax.grad(loss)(params)
+    gradient = jax.jit(jax.grad(loss))(params)
     return np.asarray(ravel_pytree(gradient)[0], np.float64)
 
 

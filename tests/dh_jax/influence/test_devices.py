@@ -58,13 +58,8 @@ ESTIMATORS = {
 }
 
 
-QUICK = ("projection",)  # the others are for `make slow`
-
-
-@pytest.mark.parametrize(
-    "name",
-    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ESTIMATORS],
-)
+@pytest.mark.slow  # test_mesh.py has four devices
+@pytest.mark.parametrize("name", ESTIMATORS)
 def test_a_mesh_of_eight_devices_gives_the_scores_of_one(name):
     estimator = ESTIMATORS[name](tapped_tiny.TAPPED, Scope("down|norm", S, chunk=8))
     params = tapped_tiny.make_params(KEY)

@@ -214,7 +214,8 @@ def gradients_of_logits(params, batch):
     }
 
 
-@pytest.mark.parametrize("reduction", ["mean", pytest.param("sum", marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_products.py has the sampled Fisher by its dense matrix
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_sampled_labels_have_the_trace_of_the_gauss_newton_matrix(reduction):
     """Lambda sums to the mean squared gradient, whatever the basis; so it must to the trace."""
     params, batch = tapped_tiny.make_params(KEY), rows(6, 6)[1]

@@ -116,7 +116,7 @@ def real_decoder(config, dtype, monkeypatch):
         yield graph, jax.tree.map(lambda x: 5 * x.astype(dtype), params)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "float64"])
 def test_the_real_decoder_too(dtype, monkeypatch):
     with real_decoder(CONFIG, dtype, monkeypatch) as (graph, params):
         loss = decoder.loss_fn(graph)
@@ -207,6 +207,7 @@ def _mapped(a, d, ids):
 # --- scanned layers, by hand -----------------------------------------------------------------
 
 
+@pytest.mark.slow  # test_decoder_taps.py has the real decoder's scanned layers
 def test_scanned_layers_give_what_unscanned_ones_give():
     """The tiny model's two `up` layers as one stacked layer, through the same functions."""
 

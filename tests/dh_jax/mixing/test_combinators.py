@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dh_jax.errors import ConfigError
@@ -44,6 +44,7 @@ def test_weights_are_projected_where_clamping_would_break_the_bounds():
     np.testing.assert_allclose(got, [0.5, 0.25, 0.25], atol=1e-6)
 
 
+@settings(max_examples=20)  # each of which is compiled
 @given(
     st.lists(st.floats(0, 1, width=32), min_size=4, max_size=4).filter(lambda x: sum(x) > 0.1),
     st.lists(st.integers(0, 24).map(lambda k: k / 100), min_size=4, max_size=4),

@@ -50,7 +50,10 @@ def gradients(layer: TappedLayer, a: Any, g: Any, weight: Any) -> dict[str, np.n
     return found
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=pytest.mark.slow if c.startswith("ternary") else ()) for c in CASES],
+)
 def test_activations_and_cotangents_make_up_the_gradient(case: str) -> None:
     config = CASES[case]
     graph, params = build(config)

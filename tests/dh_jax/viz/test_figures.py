@@ -65,8 +65,10 @@ def test_mean_curve_is_the_mean_where_all_have_the_same_points(rows: list[list[f
 
 def test_mean_curve_keeps_to_where_every_curve_is_defined() -> None:
     x, y = viz.mean_curve([([0, 10, 20, 30], [0, 1, 2, 3]), ([5, 15, 25], [10, 10, 10])])
-    assert list(x) == [10, 20]
-    assert list(y) == [5.5, 6.0]
+    assert list(x) == [5, 10, 20, 25]  # to the very ends, which few runs share
+    assert list(y) == [5.25, 5.5, 6.0, 6.25]
+    x, y = viz.mean_curve([([0, 10], [0, 1]), ([10, 20], [3, 4])])
+    assert (list(x), list(y)) == ([10], [2.0])
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.floats(0.01, 0.3))
