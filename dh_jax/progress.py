@@ -232,12 +232,12 @@ class CacheProgress(Bar):
 
 
 class SearchProgress(Bar):
-    """A progress bar of a search: proxies that are done."""
+    """A progress bar of a search: proxies that are done, and runs that confirm what they found."""
 
     def __init__(self, console: Console):
-        super().__init__(console, "proxies")
+        super().__init__(console, "small runs")
 
     def __call__(self, done: int, total: int) -> None:
         if total != self._total:
-            self.begin("proxies", total)
-        self.show("proxies", done)
+            self.begin("small runs", total)
+        self.show("small runs", done)

@@ -8,6 +8,7 @@ initial parameters), then averaged; its interval is Student's t over those paire
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from dh_jax.report.runs import EvalPoint, Run, tokens_at
 BASELINES = ("static", "uniform")
 CONFIDENCE = 0.95
 TOKEN_TOLERANCE = 0.01  # runs whose token counts differ by more are not compared
+WEIGHT = re.compile(r"data\.sources\..+\.weight")
 FREE_KEYS = ("mixing.", "influence.", "distillation.", "training.seed", "data.seed",
              "training.tensorboard", "training.wandb", "out", "resume")  # fmt: skip
 
@@ -246,8 +248,12 @@ def warnings(runs: Sequence[Run]) -> list[str]:
             f"The policies ran with different seeds ({each}); differences pair the seeds they "
             "share, and means per policy are over different seeds."
         )
-    for key, values in config_differences(runs).items():
-        if not key.startswith(FREE_KEYS):
+    differing = config_differences(runs)
+    if any(WEIGHT.fullmatch(key) for key in differing):
+        each = "; ".join(f"{run.label}: {_first_weights(run)}" for run in runs)
+        said.append(f"The runs are of different configured weights ({each}).")
+    for key, values in differing.items():
+        if not key.startswith(FREE_KEYS) and not WEIGHT.fullmatch(key):
             shown = ", ".join(
                 f"{value} ({run.label})" for run, value in zip(runs, values, strict=True)
             )
@@ -267,6 +273,11 @@ def warnings(runs: Sequence[Run]) -> list[str]:
     ]
     said += [f"{run.label}: {note}." for run in runs for note in run.notes]
     return said
+
+
+def _first_weights(run: Run) -> str:
+    weights = run.train[0].weights
+    return ", ".join(f"{name} {weight:.2g}" for name, weight in weights.items() if weight)
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -125,15 +125,41 @@ def by_regmix(config: SearchRunConfig, progress: Progress | None = None) -> Find
     )  # fmt: skip
 
 
+FAR, LEAST = 3.0, 0.02  # a miss worth a word: times the error of leaving one out; nats
+
+
 def warning_of(finding: Finding) -> str | None:
-    """What to say where a run with the weights found did worse than with those configured."""
-    if finding.measured is None or finding.measured["found"] <= finding.measured["configured"]:
+    """What to say where a run with the weights found did worse than with those configured, or far
+    from what the fit predicted."""
+    if finding.measured is None:
         return None
+    if finding.measured["found"] <= finding.measured["configured"]:
+        return _missed(finding)
     found, configured = finding.measured["found"], finding.measured["configured"]
     cure = "search.proxies or training.steps" if finding.method == "regmix" else "training.steps"
     return (
         f"a run with the weights found lost {found:.3f} nats a token, with those configured "
         f"{configured:.3f}: search longer ({cure}) before they are used"
+    )
+
+
+def _missed(finding: Finding) -> str | None:
+    if finding.predicted is None or finding.fit is None or finding.measured is None:
+        return None
+    miss = abs(finding.measured["found"] - finding.predicted["found"])
+    if miss <= max(FAR * finding.fit.error, LEAST):
+        return None
+    source = max(finding.weights, key=lambda name: finding.weights[name])
+    most = max(tried[source] for tried in finding.tried)
+    beyond = ""
+    if finding.weights[source] > most + 0.05:
+        beyond = (
+            f": they give {source} {finding.weights[source]:.2f}, no proxy more than {most:.2f}"
+        )
+    return (
+        f"a run with the weights found ended {miss:.3f} nats from what the fit predicted{beyond}. "
+        "They are better than those configured; how much better others would be, search.proxies "
+        "tells"
     )
 
 

@@ -18,7 +18,7 @@ from dh_jax.report import finding as words
 from dh_jax.report.page import page_template, stylesheet, write_page
 from dh_jax.report.plots import NARROW, WIDE, Drawing
 from dh_jax.search.config import SearchRunConfig
-from dh_jax.search.find import Finding
+from dh_jax.search.find import Finding, warning_of
 from dh_jax.viz import parts
 from dh_jax.viz.style import PAINT
 
@@ -141,6 +141,8 @@ def sentences(finding: Finding) -> list[str]:
             f"nats a token and a run measured {words.number(finding.measured['found'])} "
             f"({words.signed(off)}); the best mixture tried gave {words.number(best)}."
         )
+    if (warning := warning_of(finding)) is not None:
+        said.append(f"{warning[0].upper()}{warning[1:]}.")
     return said
 
 

@@ -60,7 +60,7 @@ def test_what_was_held_back_is_said_once_it_is_silent(monkeypatch: pytest.Monkey
     with SearchProgress(Console(file=log, width=100)) as told:
         told(3, 10)
         time.sleep(0.5)
-        assert log.getvalue().splitlines()[:2] == ["proxies", "proxies  3 of 10"]
+        assert log.getvalue().splitlines()[:2] == ["small runs", "small runs  3 of 10"]
 
 
 def test_a_terminal_gets_a_bar() -> None:

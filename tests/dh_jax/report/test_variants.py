@@ -95,3 +95,12 @@ def test_two_runs_of_different_seeds_alone_are_not_paired(
     summary = summarise(tell_apart([load_run(f) for f in folders]))
     assert summary.differences == ()
     assert ("share no seed" in (summary.refusal or "")) == (policies[0] != policies[1])
+
+
+def test_other_configured_weights_are_one_warning(tmp_path: Path) -> None:
+    folders = [
+        run_in(tmp_path / name, policy, 0, data__sources={s: {"weight": w} for s in ("a", "b")})
+        for name, policy, w in (("steered", "influence", 0.5), ("found", "static", 0.25))
+    ]
+    (warning,) = summarise([load_run(f) for f in folders]).warnings
+    assert "different configured weights (influence, seed 0: code 0.3, docs" in warning

@@ -99,6 +99,13 @@ def test_regmix_finds_the_best_mixture_and_writes_it(
     write_data_config(config.data, finding.weights, "regmix", Path(config.out) / "w.yaml", remark)
     assert f"# {remark}" in (Path(config.out) / "w.yaml").read_text()
     load_data_config(Path(config.out) / "w.yaml")
+    far = finding._replace(predicted={"found": 2.0, "configured": 6.5})
+    remark = warning_of(far)
+    assert remark is not None and "ended 1.000 nats from what the fit predicted" in remark
+    corner = dict(zip(NAMES, np.eye(len(NAMES))[0].tolist(), strict=True))
+    tried = [dict.fromkeys(NAMES, 1 / len(NAMES))]
+    remark = warning_of(far._replace(weights=corner, tried=tried))
+    assert remark is not None and f"they give {NAMES[0]} 1.00, no proxy more than" in remark
 
 
 def test_proxies_that_finished_before_a_kill_are_not_trained_again(
