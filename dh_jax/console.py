@@ -180,8 +180,8 @@ def print_price(price: Price, console: Console) -> None:
     console.print(
         f"parameters {price.parameters:,}{frozen}   tokens {price.tokens:,}   "
         f"memory of a step {price.step_bytes / 2**20:,.0f} MiB a device   "
-        f"{price.flops_per_step / 1e9:,.1f} GFLOP a step   about {minutes:,.1f} minutes of training "
-        "steps; compiling, evaluations and moves come on top"
+        f"{price.flops_per_step / 1e9:,.1f} GFLOP a step   about {minutes:,.1f} minutes of "
+        "training steps; compiling, evaluations and moves come on top"
     )
 
 
