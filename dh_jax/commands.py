@@ -228,11 +228,10 @@ def report(options: argparse.Namespace) -> int:
 
 
 def convert(options: argparse.Namespace) -> int:
-    print(
-        module("models.gguf").convert_gguf(
-            options.file, options.out, tokenizer=options.tokenizer, dtype=options.dtype
-        )
+    folder = module("models.gguf").convert_gguf(
+        options.file, options.out, tokenizer=options.tokenizer, dtype=options.dtype
     )
+    module("console").print_folder(folder, _console())
     return 0
 
 
@@ -265,11 +264,10 @@ def generate(options: argparse.Namespace) -> int:
 
 
 def export(options: argparse.Namespace) -> int:
-    print(
-        module("export").export_run(
-            options.folder, options.out, dtype=options.dtype, adapters=options.adapters
-        )
+    folder = module("export").export_run(
+        options.folder, options.out, dtype=options.dtype, adapters=options.adapters
     )
+    module("console").print_folder(folder, _console())
     return 0
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from safetensors import safe_open
 
 from dh_jax.attribution.price import Price as InfluencePrice
 from dh_jax.config import SPLITS
@@ -37,9 +40,24 @@ def print_influence_price(price: InfluencePrice, console: Console) -> None:
     console.print(table)
     console.print("at the pace that this machine has now; beside it libraries and data are loaded")
     console.print(f"parameters {price.parameters:,}, {price.coverage:.0%} of them measured")
+    asked = "1 query takes" if price.queries == 1 else f"{price.queries} queries take"
     console.print(
         f"memory about {price.bytes / 2**30:.1f} GiB at the peak; "
-        f"{price.queries} queries take {price.query_bytes / 2**30:.2f} GiB"
+        f"{asked} {price.query_bytes / 2**30:.2f} GiB"
+    )
+
+
+def print_folder(folder: Path, console: Console) -> None:
+    """What was written: a model's folder."""
+    files = sorted(folder.glob("*.safetensors"))
+    count = 0
+    for path in files:
+        with safe_open(path, framework="numpy") as tensors:
+            names = tensors.keys()
+            count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
+    size = sum(path.stat().st_size for path in files)
+    console.print(
+        f"{folder}: {count:,} parameters, {size / 1e6:,.0f} MB", highlight=False, soft_wrap=True
     )
 
 
