@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 PAUSE = 10.0  # seconds at least between two lines of the same step
 SILENCE = 10.0  # after which a log gets a line though nothing is new
+SOON = 10.0  # seconds left that are not worth a word
 
 
 class Bar:
@@ -56,6 +57,7 @@ class Bar:
         self._step, self._total = step, total
         self._said, self._last = step, 0.0  # the last line, and when it was written
         self._held: str | None = None  # what has been said since
+        self._since: tuple[float, int] | None = None  # when the step was first shown, how far
         self._over = threading.Event()
 
     def __enter__(self) -> Self:
@@ -77,14 +79,25 @@ class Bar:
         self._task = self._bar.add_task(step, total=total)
         if step != self._step:
             self._line(step)
-        self._step, self._total = step, total
+        self._step, self._total, self._since = step, total, None
 
     def show(self, said: str, done: int | None = None) -> None:
         self._bar.update(self._task, description=said, completed=done)
         of = "" if self._total is None else f" of {self._total:,}"
-        self._held = said if done is None else f"{said}  {done:,}{of}"
+        self._held = said if done is None else f"{said}  {done:,}{of}{self._left(done)}"
         if time.monotonic() - self._last >= PAUSE:
             self._line(self._held)
+
+    def _left(self, done: int) -> str:
+        """The time left at the step's pace, where that is long."""
+        now = time.monotonic()
+        if self._since is None or done < self._since[1]:
+            self._since = now, done
+        begun, before = self._since
+        if self._total is None or done <= before:
+            return ""
+        left = (now - begun) / (done - before) * (self._total - done)
+        return "" if left < SOON else f", {_duration(left)} left"
 
     def note(self, said: str) -> None:
         """A line that stays, above the bar."""
@@ -105,6 +118,13 @@ class Bar:
             if silent >= pause:
                 self.note(f"{self._said}  ({silent:.0f} s)")
             pause = 2 * pause if silent >= pause else SILENCE
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def waiting(console: Console, said: str) -> AbstractContextManager[object]:
@@ -199,7 +219,7 @@ class InfluenceProgress(Bar):
         pace = "" if total is None else ": compiling"  # which the first rows wait for
         if documents and seconds > 1:
             pace = f"  {documents / seconds:.2f} pieces/s"
-        self.show(f"{what}{pace}", done)
+        self.show(f"{what}{pace}", done if total or done else None)
 
 
 class CacheProgress(Bar):

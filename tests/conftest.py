@@ -1,8 +1,11 @@
-"""Settings of every test: eight simulated devices, and property tests without a clock."""
+"""Settings of every test: eight simulated devices, property tests without a clock, and quick
+compilation where formulas are held against references."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 # Before JAX is imported anywhere: it reads both once.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -10,6 +13,7 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # Compilation makes first examples slow, and session fixtures are meant to be shared.
@@ -22,3 +26,21 @@ settings.register_profile(
 settings.load_profile("house")
 
 pytest_plugins = ["tests.small_data"]  # fixtures
+
+# What tests in these folders compile runs for milliseconds, and whether it is fast or equal in
+# every bit is not what they ask: without optimisation it compiles in half the time. Slow tests, and
+# those of models, training and whole runs, compile as users do.
+FORMULAS = {"attribution", "distillation", "influence", "mixing"}
+
+
+@pytest.fixture(autouse=True)
+def compiled_plainly(request: pytest.FixtureRequest) -> Iterator[None]:
+    folder = Path(request.node.path).parent.name
+    if folder not in FORMULAS or request.node.get_closest_marker("slow"):
+        yield
+        return
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -181,7 +181,7 @@ def warn_of_coverage(share: float) -> None:
     if share < ENOUGH:
         warnings.warn(
             f"influence is measured on {share:.0%} of the parameters, under {ENOUGH:.0%}; widen "
-            "`parameters`, or mind it when reading scores",
+            "`parameters` (of a config: `estimator.parameters`), or mind it when reading scores",
             CoverageWarning,
             stacklevel=3,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import time
 from typing import Any
 
@@ -61,6 +62,18 @@ def test_what_was_held_back_is_said_once_it_is_silent(monkeypatch: pytest.Monkey
         told(3, 10)
         time.sleep(0.5)
         assert log.getvalue().splitlines()[:2] == ["small runs", "small runs  3 of 10"]
+
+
+def test_a_log_tells_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    log, clock = io.StringIO(), iter(range(1000, 100_000, 600))
+    with SearchProgress(Console(file=log, width=100)) as told:
+        monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+        for done in range(3):
+            told(done, 10)
+        monkeypatch.undo()
+    *_, last = log.getvalue().splitlines()
+    left = re.fullmatch(r"small runs  2 of 10, (\d+) h (\d\d) min left", last)
+    assert left and 80 < 60 * int(left[1]) + int(left[2]) < 400
 
 
 def test_a_terminal_gets_a_bar() -> None:
