@@ -74,7 +74,11 @@ def train(options: argparse.Namespace) -> int:
             f"stopped at step {facts['step']}; go on with the same command and resume=true"
         )
         return EXIT_INTERRUPTED
-    console.print(f"finished; `dh report {run.out}` shows it")
+    frozen = f" beside {facts['frozen']:,} frozen" if facts["frozen"] else ""
+    console.print(
+        f"finished: {facts['parameters']:,} parameters{frozen}, on {facts['device']}; "
+        f"`dh report {run.out}` shows it", highlight=False, soft_wrap=True,
+    )  # fmt: skip
     return 0
 
 

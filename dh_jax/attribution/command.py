@@ -50,7 +50,9 @@ def influence(
         opened.sources,
         {key: facts[key] for key in ("model", "coverage", "command")},
     )
-    listener("reading the documents to show", 0, None)
+    tinted = opened.config.tinted > 0 and opened.estimator.by_token is not None
+    what = "measuring the tokens of" if tinted else "reading"
+    listener(f"{what} the documents to show", 0, None)
     key = jax.random.key(derive(opened.config.seed, "influence"))
     findings = find(opened, done.store, done.prepared, key)
     facts["documents"] = findings.documents

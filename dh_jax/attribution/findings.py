@@ -102,10 +102,14 @@ def find(opened: Opened, store: ScoreStore, prepared: Prepared, key: jax.Array) 
         took = float(shard.columns["seconds"][:1].sum())
         seconds += took
         paces.append(took / max(len(source_N), 1))
+    half = (pieces_scored + 1) // 2  # nobody is at both ends
     chosen = {
         (k, end): numbers
         for k in range(len(shown))
-        for end, numbers in (("helpful", ends.helpful_Kt[k]), ("harmful", ends.harmful_Kt[k]))
+        for end, numbers in (
+            ("helpful", ends.helpful_Kt[k][:half]),
+            ("harmful", ends.harmful_Kt[k][: pieces_scored - half]),
+        )
     }
     told = _read(opened, store, prepared, chosen, key)
     statistics = groups.result()
