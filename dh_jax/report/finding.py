@@ -83,8 +83,8 @@ def _headline(
         if not moves(name) and DISTILLED in name:
             subject = "a student of its teacher"
         parts.append(f"On held-out {join(list(targets))}, {subject} {verbs}.")
-        others = [d for d in differences if d.steered == name and d.domain not in (None, *targets)]
-        if others:
+        others = [d for d in differences if d.domain not in (None, *targets)]
+        if others and len({d.steered for d in differences}) == 1:  # of several, the text below
             parts.append(_price_elsewhere(others))
     return " ".join(parts)
 
@@ -143,7 +143,8 @@ def _sentences(
     differences: Sequence[Difference],
     clocks: Mapping[str, Clock],
 ) -> list[str]:
-    said = [_against(d, losses) for d in differences if d.domain is None]
+    several = len({d.steered for d in differences}) > 1
+    said = [_against(d, losses, several) for d in differences if d.domain is None]
     for base in dict.fromkeys((d.steered, d.baseline) for d in differences):
         rest = [d for d in differences if (d.steered, d.baseline) == base]
         said += _elsewhere([d for d in rest if d.domain and d.domain not in targets])
@@ -164,11 +165,12 @@ def _sentences(
     return said
 
 
-def _against(d: Difference, losses: Mapping[str, Spread]) -> str:
+def _against(d: Difference, losses: Mapping[str, Spread], several: bool) -> str:
     lower = sum(value < 0 for value in d.spread.values)
     count = len(d.seeds)
+    who = f"{d.steered} against" if several else "Against"
     lead = (
-        f"Against {d.baseline}: {signed(d.spread.mean)} nats a token "
+        f"{who} {d.baseline}: {signed(d.spread.mean)} nats a token "
         f"({signed_percent(d.relative)}; {number(losses[d.steered].mean)} against "
         f"{number(losses[d.baseline].mean)})"
     )
