@@ -62,4 +62,4 @@ class DistillationConfig:
     codec: str = "plain"  # or dense: 18 % smaller, half as fast to read
     sampled: bool = False  # keep draws instead of the most probable ids
     batch_size: int = 8  # rows that the teacher reads at once
-    shard_entries: int = 65_536  # tokens of a shard, after which a killed run goes on
+    shard_entries: int = 32_768  # tokens of a shard, after which a killed run goes on

@@ -116,7 +116,7 @@ class Bar:
                 self._line(self._held)
             silent = time.monotonic() - self._last
             if silent >= pause:
-                self.note(f"{self._said}  ({silent:.0f} s)")
+                self.note(f"{self._said}  (for {silent:.0f} s)")
             pause = 2 * pause if silent >= pause else SILENCE
 
 
@@ -239,7 +239,8 @@ class CacheProgress(Bar):
             self._start, self._before = time.perf_counter(), entries
         self._source, self._entries = source, entries
         pace = (entries - self._before) / max(time.perf_counter() - self._start, 1e-9)
-        self.show(f"{source}: {entries:,} tokens ({pace:,.0f}/s)", self._others + entries)
+        rate = f" ({pace:,.0f}/s)" if entries > self._before else ""
+        self.show(f"{source}: {entries:,} tokens{rate}, in all", self._others + entries)
 
     def _tell(self) -> None:
         if self._source:

@@ -38,7 +38,7 @@ from dh_jax.distillation.teacher import TeacherWrapper
 from dh_jax.distributed.mesh import to_device
 from dh_jax.errors import ConfigError, StateError
 
-SHARD_ENTRIES = 1 << 16  # a shard closes behind the batch that reaches this: 13 MB at K = 64
+SHARD_ENTRIES = 1 << 15  # a shard closes behind the batch that reaches this: 6 MB at K = 64
 PLAN = "plan.json"
 
 Progress = Callable[[str, int], None]  # (source, entries written of it)
