@@ -185,6 +185,8 @@ def _write_source(
         loader.set_state(step["state"])
         written.append(step["shard"])
         total += step["shard"]["entries"]
+    if total:
+        progress(name, total)  # of an earlier start
     shard = _Shard([], [], [], [], [], [])
     key = jax.random.key(derive(0, name)) if facts["sampled"] else None
     number = int(loader.get_state()["batches"])
