@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 PAUSE = 10.0  # seconds at least between two lines of the same step
 SILENCE = 10.0  # after which a log gets a line though nothing is new
 SOON = 10.0  # seconds left that are not worth a word
+COMPILED = {"train": "training", "eval": "judging", "reweight": "measuring for a move",
+            "distillation": "comparing with the teacher"}  # fmt: skip
 
 
 class Bar:
@@ -139,13 +141,17 @@ def _draws(console: Console) -> bool:
 class TrainProgress(Bar):
     """A listener of metrics records: loss, tokens/s, weights."""
 
-    def __init__(self, steps: int, console: Console, step: str = "starting"):
+    def __init__(self, steps: int, console: Console, step: str = "opening data and model"):
         super().__init__(console, step, steps)
         self._before: tuple[float, int] | None = None
         self._rate = 0.0
+        self._compiling = False
 
     def __call__(self, record: dict[str, Any]) -> None:
         kind, step = record["kind"], record["step"]
+        if self._compiling:  # it is over: the next silence is the training's
+            self._bar.update(self._task, description="training")
+            self._held, self._said, self._compiling = None, "training", False
         if kind == "train":
             now = time.perf_counter(), record["tokens"]
             if self._before and now[0] > self._before[0]:
@@ -158,16 +164,27 @@ class TrainProgress(Bar):
             losses = {name: x["bits_per_byte"] for name, x in record["domains"].items()}
             self._note(step, "bits/byte", losses)
         elif kind == "distillation":
-            self._note(step, "teacher", {k: record[k] for k in ("divergence", "agreement")})
+            self.note(
+                f"step {step:>6}  teacher    {record['divergence']:.3f} nats a token away; the "
+                f"same most probable id at {record['agreement']:.1%} of them"
+            )
         elif kind == "reweight":
             self._note(step, "weights", record["weights"])
         elif kind == "pace":
             late = self._total is not None and record["due"] > self._total
+            taken = "this move was compiled, so what moves take is not known yet"
+            if record["spent"]:
+                taken = (
+                    f"moves have taken {record['spent'] / step:.1%} of the steps' time, without "
+                    "what they compiled"
+                )
             self.note(
-                f"step {step:>6}  budget     moves have taken {record['spent'] / step:.1%} of the "
-                "steps' time, without what they compiled; the next is due at step "
+                f"step {step:>6}  budget     {taken}; the next is due at step "
                 f"{record['due']}{', behind the last' if late else ''}"
             )
+        elif kind == "compile":
+            self._compiling = True
+            self.show(f"{COMPILED[record['phase']]}: compiling")
 
     def _note(self, step: int, what: str, values: dict[str, float]) -> None:
         said = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
@@ -189,7 +206,7 @@ class PrepareProgress(Bar):
         if (step, progress.total) != (self._step, self._total):
             self.begin(step, progress.total)
         pace = ""
-        if progress.step == "map":
+        if progress.step == "map" and progress.documents:
             seconds = max(time.perf_counter() - self._start, 1e-9)
             pace = (
                 f" ({progress.documents / seconds:,.0f}/s), {progress.tokens:,} tokens "

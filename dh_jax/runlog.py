@@ -47,6 +47,10 @@ class RunLog:
 
     def write(self, record: Record) -> None:
         self._metrics.write(json.dumps(record) + "\n")
+        self.tell(record)
+
+    def tell(self, record: Record) -> None:
+        """Hand a record to the listeners alone."""
         for listener in self._listeners:
             listener(record)
 

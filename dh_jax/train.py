@@ -179,7 +179,8 @@ def train(
 
     Args:
         config: see `RunConfig`; ``out`` is the run's folder.
-        listeners: called with every metrics record, e.g. a progress bar.
+        listeners: called with every metrics record, e.g. a progress bar, and with one of kind
+            ``compile`` before a phase that compiles.
         command: how a user would start this run again; kept in ``run.json`` for the report.
 
     Returns:
@@ -262,6 +263,8 @@ def _loop(
         """Time a phase; its first call is mostly compilation and counted as such."""
         label = name if name in compiled else "compile"
         compiled.add(name)
+        if label == "compile":
+            log.tell({"kind": "compile", "step": step, "phase": name})
         return log.timed(label, step)
 
     def judge(step: int) -> None:

@@ -84,9 +84,9 @@ batch = next(loader)
 viz.packed_rows(batch, names=loader.names)
 
 # %% [markdown]
-# Every row has one source, and every document in it a colour of its own. A batch is a NamedTuple
-# of NumPy arrays; a notebook draws it, and so it does the loader, with its weights and what it
-# has delivered.
+# Every row has one source and that source's colour, in two tones from document to document. A
+# batch is a NamedTuple of NumPy arrays; a notebook draws it, and so it does the loader, with its
+# weights and what it has delivered.
 
 # %%
 print({name: (array.dtype.name, array.shape) for name, array in batch._asdict().items()

@@ -18,7 +18,6 @@ from dh_jax.report.plots import NARROW, WIDE, Drawing
 
 HERE = Path(__file__).resolve().parent
 SHOWN_CHARACTERS = 1500  # of a document of a row
-COLOURS = 8  # of documents in a row, in turn
 
 
 def write_preview(preview: Preview, config: DataConfig, out: Path) -> None:
@@ -42,7 +41,6 @@ def render(preview: Preview, config: DataConfig) -> str:
         headline=headline(preview),
         lengths=lengths(preview),
         styles=viz.source_styles(list(preview.sources)),
-        colours=COLOURS,
         style=Markup(stylesheet() + (HERE / "page.css").read_text(encoding="utf-8")),
         config_text=OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))),
     )

@@ -19,8 +19,10 @@ BASELINES = ("static", "uniform")
 CONFIDENCE = 0.95
 TOKEN_TOLERANCE = 0.01  # runs whose token counts differ by more are not compared
 WEIGHT = re.compile(r"data\.sources\..+\.weight")
-FREE_KEYS = ("mixing.", "influence.", "distillation.", "training.seed", "data.seed",
-             "training.tensorboard", "training.wandb", "out", "resume")  # fmt: skip
+# What repetitions of a run may differ in: the seed, and where and how they were kept.
+REPEATED = ("training.seed", "data.seed", "out", "resume", "training.tensorboard", "training.wandb",
+            "training.keep", "training.checkpoint_interval")  # fmt: skip
+FREE_KEYS = ("mixing.", "influence.", "distillation.", *REPEATED)
 
 
 class Spread(NamedTuple):

@@ -9,11 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dh_jax.report.runs import Run
-from dh_jax.report.statistics import by_policy, config_differences, flat
+from dh_jax.report.statistics import REPEATED, WEIGHT, by_policy, config_differences, flat
 
-# What repetitions of a run may differ in: the seed, and where and how they were kept.
-REPEATED = ("training.seed", "data.seed", "out", "resume", "training.tensorboard", "training.wandb",
-            "training.keep", "training.checkpoint_interval")  # fmt: skip
 MOST_KEYS, MOST_LETTERS = 2, 40  # of a name; where settings differ in more, folders name them
 
 
@@ -22,13 +19,21 @@ def tell_apart(runs: Sequence[Run]) -> list[Run]:
 
     Such runs do not repeat each other. Their settings are named by what they differ in, as in
     ``influence (budget 0.05)``, else by what the names of their folders begin with; runs of one
-    setting and seed by their own folders.
+    setting and seed by their own folders. Where runs differ in their data config's name, each
+    policy that has one says it: ``static (demo-regmix)`` is not what was configured by hand.
     """
+    several = len({_data(run) for run in runs}) > 1
     names: dict[Path, str] = {}
     for policy, group in by_policy(runs).items():
         if _repeats(group):
             names |= {folder: f"{policy} ({name})" for folder, name in _names(group).items()}
+        elif several and (name := _data(group[0])) and {_data(run) for run in group} == {name}:
+            names |= {run.folder: f"{policy} ({name})" for run in group}
     return [run._replace(policy=names.get(run.folder, run.policy)) for run in runs]
+
+
+def _data(run: Run) -> str | None:
+    return flat(run.config).get("data.name")
 
 
 def _repeats(group: Sequence[Run]) -> bool:
@@ -42,6 +47,8 @@ def _names(group: Sequence[Run]) -> dict[Path, str]:
         settings.setdefault(json.dumps(kept, sort_keys=True, default=str), []).append(run)
     several = not any(map(_repeats, settings.values()))
     differing = [key for key in config_differences(group) if key not in REPEATED]
+    if "data.name" in differing:  # it stands for their weights, too
+        differing = [key for key in differing if not WEIGHT.fullmatch(key)]
     if several and len(differing) <= MOST_KEYS:
         names = {run.folder: _values(run, differing) for run in group}
         if max(map(len, names.values())) <= MOST_LETTERS:
@@ -57,9 +64,10 @@ def _names(group: Sequence[Run]) -> dict[Path, str]:
 
 def _values(run: Run, keys: Sequence[str]) -> str:
     config = flat(run.config)
+    shown = {key: "none" if config.get(key) is None else str(config[key]) for key in keys}
     return ", ".join(
-        f"{key.rpartition('.')[2]} {'none' if config.get(key) is None else config[key]}"
-        for key in keys
+        value if key == "data.name" else f"{key.rpartition('.')[2]} {value}"
+        for key, value in shown.items()
     )
 
 

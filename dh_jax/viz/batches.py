@@ -24,10 +24,11 @@ WIDTH = 760  # CSS pixels: what a notebook's column holds
 def packed_rows(
     batch: Batch, width: int = WIDTH, *, most: int = 8, names: Sequence[str] = ()
 ) -> Figure:
-    """Rows as they reach the model: every document in a colour of its own, places from 0 to T.
+    """Rows as they reach the model, in the colours of their sources, places from 0 to T.
 
-    Tokens that are learnt are drawn full, those that are only read (masked, or the last of a
-    document, behind which nothing is to be predicted) pale, empty places hatched.
+    Documents have two tones by turns. Tokens that are learnt are drawn full, those that are only
+    read (masked, or the last of a document, behind which nothing is to be predicted) pale, empty
+    places hatched.
 
     Args:
         batch: NumPy or JAX arrays.
@@ -38,6 +39,7 @@ def packed_rows(
     segments_BT, learnt_BT = np.asarray(batch.segment_ids_BT), np.asarray(batch.loss_mask_BT)
     rows, length = min(most, len(segments_BT)), segments_BT.shape[1]
     sources_B = np.asarray(batch.source_ids_B)
+    colours = [PAINT[f"source-{source % SOURCE_COLOURS}"] for source in sources_B.tolist()]
     labels = [f"{b} {names[int(sources_B[b])]}" if len(names) else f"row {b}" for b in range(rows)]
     left = 14 + 7.2 * max(len(parts.short(label)) for label in labels)
     figure, (ax,) = parts.figure(width, 27 * rows + 76, 1, 1, left=left, top=32)
@@ -47,14 +49,14 @@ def packed_rows(
         edges = [0, *(np.flatnonzero(np.diff(kind_T)) + 1).tolist(), length]
         for begin, end in itertools.pairwise(edges):
             document = int(segments_BT[y, begin])
-            name = f"source-{(document - 1) % SOURCE_COLOURS}" if document else "muted"
-            paint = PAINT[name]
-            ax.barh(
-                y, end - begin, left=begin, height=0.68, linewidth=0,
-                color=paint if document else "none",
-                alpha=1.0 if learnt_BT[y, begin] or not document else 0.4,
-                hatch=None if document else "////", edgecolor=None if document else paint,
-            )  # fmt: skip
+            place = {"y": y, "width": end - begin, "left": begin, "height": 0.68, "linewidth": 0}
+            if not document:
+                ax.barh(**place, color="none", hatch="////", edgecolor=PAINT["muted"])
+                continue
+            full = 1.0 if learnt_BT[y, begin] else 0.4
+            ax.barh(**place, color=colours[y], alpha=full)
+            if document % 2 == 0:
+                ax.barh(**place, color=PAINT["ink"], alpha=0.4 * full)
         cuts = np.flatnonzero(np.diff(segments_BT[y])) + 1
         ax.vlines(cuts, y - 0.34, y + 0.34, color=PAINT["paper"], linewidth=1.4)
     parts.row_labels(ax, labels, [False] * rows)

@@ -26,9 +26,34 @@ def test_a_log_gets_lines_and_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
         told({"kind": "eval", "step": 10, "domains": {"code": {"bits_per_byte": 1.25}}})
         told(trained(20, 4.25))
     first, early, judged, last = log.getvalue().splitlines()
-    assert (first, early) == ("starting", "loss 5.500 nats  1 of 20")
+    assert (first, early) == ("opening data and model", "loss 5.500 nats  1 of 20")
     assert judged == "step     10  bits/byte  code 1.250"
     assert last.startswith("loss 4.250 nats  ") and last.endswith(" tok/s  20 of 20")
+
+
+def test_a_phase_that_compiles_is_named_until_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = io.StringIO()
+    monkeypatch.setattr(progress, "SILENCE", 0.1)
+    with TrainProgress(20, Console(file=log, width=100)) as told:
+        told(trained(1, 5.5))
+        told({"kind": "compile", "step": 10, "phase": "reweight"})
+        time.sleep(0.25)
+        told({"kind": "reweight", "step": 10, "weights": {"code": 1.0}})
+        time.sleep(0.25)
+    lines = log.getvalue().splitlines()
+    moved = lines.index("step     10  weights    code 1.000")
+    assert "measuring for a move: compiling" in lines[:moved]
+    assert not any("compiling" in line for line in lines[moved:])
+
+
+def test_a_move_that_was_compiled_says_so_in_place_of_a_share() -> None:
+    log = io.StringIO()
+    with TrainProgress(20, Console(file=log, width=100)) as told:
+        told({"kind": "pace", "step": 5, "spent": 0.0, "due": 10})
+        told({"kind": "pace", "step": 10, "spent": 0.5, "due": 30})
+    first, second = log.getvalue().splitlines()[1:]
+    assert "this move was compiled" in first and "the next is due at step 10" in first
+    assert "taken 5.0% of the steps' time" in second and "behind the last" in second
 
 
 def test_lines_of_one_step_keep_their_distance() -> None:

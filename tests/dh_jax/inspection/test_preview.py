@@ -215,8 +215,12 @@ def test_every_document_is_shown_as_text_with_what_is_learnt_marked(nasty: Any) 
         assert ("cut" in kinds) == (len(whole) > 1500)
     assert any(kind == "cut" for shown in reader.shown for kind, _ in shown)
     assert "&lt;i&gt;mine&lt;/i&gt;" in page and "&lt;b&gt;[red]&amp;" in page
-    for colour in range(min(8, max(len(row.segments) for row in found.rows))):
-        assert f"--c: var(--source-{colour})" in page
+    names = list(found.sources)
+    assert re.findall(r'class="row" style="--source: var\(--source-(\d)\)', page) == [
+        str(names.index(row.source) % 8) for row in found.rows
+    ]
+    tones = [i % 2 for row in found.rows for i in range(len(row.segments))]
+    assert [int(x == "segment second") for x in re.findall(r'class="(segment[^"]*)"', page)] == tones
 
 
 def test_the_terminal_shows_markup_and_control_characters_as_text(

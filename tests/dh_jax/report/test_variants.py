@@ -53,6 +53,14 @@ def test_many_differences_are_named_by_folders(tmp_path: Path) -> None:
     assert names(folders) == ["static (hand)"] * 2 + ["static (regmix)"] * 2
 
 
+def test_policies_on_different_data_say_which(tmp_path: Path) -> None:
+    folders = [
+        run_in(tmp_path / policy, policy, 0, data__name=name)
+        for policy, name in (("influence", "demo"), ("static", "demo-regmix"))
+    ]
+    assert names(folders) == ["influence (demo)", "static (demo-regmix)"]
+
+
 def test_equal_runs_are_named_by_their_own_folders(tmp_path: Path) -> None:
     folders = [run_in(tmp_path / where / "run", "static", 0) for where in ("a", "b")]
     assert names(folders) == ["static (a/run)", "static (b/run)"]
@@ -82,7 +90,7 @@ def test_a_steered_run_is_compared_with_each_static_mixture(tmp_path: Path) -> N
     out = tmp_path / "report.html"
     summary = write_report(folders, out)
     pairs = {(d.steered, d.baseline) for d in summary.differences}
-    assert pairs == {("influence", "static (name found)"), ("influence", "static (name hand)")}
+    assert pairs == {("influence (demo)", f"static ({name})") for name in ("found", "hand")}
     ids = re.findall(r' id="([^"]*)"', out.read_text())
     assert not [name for name in ids if re.search(r"\s", name)] and len(set(ids)) == len(ids)
 

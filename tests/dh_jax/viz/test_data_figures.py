@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from dh_jax import viz
 from dh_jax.batch import Batch
+from dh_jax.viz.style import PAINT
 
 LENGTHS = [[5, 3], [4], [2, 2, 4]]  # tokens of each document of a row of 8
 
@@ -27,8 +29,9 @@ def batch() -> Batch:
 
 
 def drawn(figure: Figure) -> list[tuple[float, float, float, float]]:
-    """Begin, width, row and opacity of every bar."""
-    bars = figure.axes[0].patches
+    """Begin, width, row and opacity of every bar, but for those that darken another."""
+    ink = to_rgba(PAINT["ink"])[:3]
+    bars = [b for b in figure.axes[0].patches if b.get_facecolor()[:3] != ink]
     return [(b.get_x(), b.get_width(), round(b.get_y() + 0.34), b.get_alpha() or 1) for b in bars]
 
 
@@ -45,6 +48,24 @@ def test_packed_rows_cover_each_row_once_and_tell_learnt_from_read() -> None:
     labels = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
     assert labels == ["0 maths", "1 code", "2 maths"]
     assert "3 of 3 packed rows of 8 tokens: 83.3% of all places" in figure.get_label()
+
+
+def test_packed_rows_have_their_sources_colours_and_documents_two_tones() -> None:
+    given = batch()
+    figure = viz.packed_rows(given)
+    ink = to_rgba(PAINT["ink"])[:3]
+    darker = np.zeros((3, 8), bool)
+    for bar in figure.axes[0].patches:
+        row = round(bar.get_y() + 0.34)
+        place = slice(int(bar.get_x()), int(bar.get_x() + bar.get_width()))
+        source = PAINT[f"source-{given.source_ids_B[row]}"]
+        if bar.get_facecolor()[:3] == ink:
+            darker[row, place] = True
+        elif given.segment_ids_BT[row, place].all():
+            assert bar.get_facecolor()[:3] == to_rgba(source)[:3]
+    np.testing.assert_array_equal(
+        darker, (given.segment_ids_BT > 0) & (given.segment_ids_BT % 2 == 0)
+    )
 
 
 def test_packed_rows_draw_no_more_rows_than_asked_for() -> None:
