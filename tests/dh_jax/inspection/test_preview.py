@@ -220,7 +220,8 @@ def test_every_document_is_shown_as_text_with_what_is_learnt_marked(nasty: Any) 
         str(names.index(row.source) % 8) for row in found.rows
     ]
     tones = [i % 2 for row in found.rows for i in range(len(row.segments))]
-    assert [int(x == "segment second") for x in re.findall(r'class="(segment[^"]*)"', page)] == tones
+    kinds = re.findall(r'class="(segment[^"]*)"', page)
+    assert [int(kind == "segment second") for kind in kinds] == tones
 
 
 def test_the_terminal_shows_markup_and_control_characters_as_text(
