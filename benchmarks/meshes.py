@@ -28,12 +28,12 @@ MODELS = {  # the shapes of Llama 3.2 1B and of Llama 2 7B with its key-value he
         width=4096, layers=32, heads=32, kv_heads=8, mlp_width=11_008, **HOW,
     ), 32_000),
 }  # fmt: skip
-MESHES = [(1, 64, 1), (8, 8, 1), (1, 16, 4)]
+MESHES = [(1, 64, 1, 1), (8, 8, 1, 1), (1, 16, 1, 4), (1, 16, 4, 1)]
 ROW_LENGTH = 2048
 
 
 def measure(
-    model: ModelConfig, vocab_size: int, sizes: tuple[int, int, int]
+    model: ModelConfig, vocab_size: int, sizes: tuple[int, int, int, int]
 ) -> tuple[float, dict[str, tuple[int, float]]]:
     """MiB of a device, and (count, MiB) of each kind of collective."""
     mesh = make_mesh(MeshConfig("benchmark", *sizes))
@@ -47,7 +47,7 @@ def measure(
 
 
 def main() -> None:
-    print("| model | mesh (data x fsdp x tensor) | GiB a device | collectives, GiB |")
+    print("| model | mesh (data x fsdp x sequence x tensor) | GiB a device | collectives, GiB |")
     print("| --- | --- | ---: | --- |")
     for name, (model, vocab_size) in MODELS.items():
         for sizes in MESHES:

@@ -23,7 +23,7 @@ from dh_jax.distillation.losses import Kind, Mix
 from dh_jax.distillation.objective import Objective, make_objective
 from dh_jax.distillation.sparse import check_estimator, check_temperature
 from dh_jax.distillation.teacher import TeacherWrapper, fingerprint_of, wrap_teacher
-from dh_jax.distributed.mesh import make_mesh, row_ways
+from dh_jax.distributed.mesh import make_mesh, token_ways
 from dh_jax.distributed.placement import on_mesh, param_shardings
 from dh_jax.errors import ConfigError
 from dh_jax.functions import HiddenFn, LossFn, Params, StatesFn
@@ -194,7 +194,7 @@ def open_distillation(
         teacher = load_teacher(d, loader.tokenizer, mesh, width=config.model.width)
     objective = make_objective(
         student, teacher, kind_of(d), inside=inside_of(d),
-        chunk=d.chunk * row_ways(mesh), wrap=partial(on_mesh, mesh=mesh),
+        chunk=d.chunk * token_ways(mesh), wrap=partial(on_mesh, mesh=mesh),
     )  # fmt: skip
     return Distilled(objective, schedule_of(d, config.training.steps))
 

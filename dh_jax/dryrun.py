@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dh_jax.batch import Batch
 from dh_jax.config import ModelConfig, TrainingConfig
-from dh_jax.distributed.mesh import ROWS
+from dh_jax.distributed.mesh import batch_sharding
 from dh_jax.distributed.placement import AnyMesh, check_heads, on_mesh, placed_shapes
 from dh_jax.influence.optimizer import InfluenceAwareOptimizer
 from dh_jax.mixing.policy import uniform
@@ -75,9 +75,9 @@ def abstract_step(
     whole = NamedSharding(mesh, PartitionSpec())
     shardings = jax.tree.map(lambda x: x.sharding, (params, state))
     step = make_step(on_mesh(loss_fn, mesh), optimizer, sources, (*shardings, whole))
-    rows = NamedSharding(mesh, PartitionSpec(ROWS))
 
     def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        rows = batch_sharding(mesh, 1 + len(shape))
         return jax.ShapeDtypeStruct((training.batch_size, *shape), dtype, sharding=rows)
 
     ints = array(jnp.int32, row_length)

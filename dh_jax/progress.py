@@ -99,7 +99,7 @@ class Bar:
         if self._total is None or done <= before:
             return ""
         left = (now - begun) / (done - before) * (self._total - done)
-        return "" if left < SOON else f", {_duration(left)} left"
+        return "" if left < SOON else f", {duration(left)} left"
 
     def note(self, said: str) -> None:
         """A line that stays, above the bar."""
@@ -122,7 +122,8 @@ class Bar:
             pause = 2 * pause if silent >= pause else SILENCE
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A span of time in words: seconds, minutes, or hours and minutes."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

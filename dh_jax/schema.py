@@ -268,6 +268,7 @@ class MeshConfig:
     name: str = "single"
     data: int = 1  # rows are split, parameters repeated
     fsdp: int = 1  # rows and parameters are split
+    sequence: int = 1  # the tokens of each row are split, parameters repeated
     tensor: int = 1  # heads, feed-forward and vocabulary are split, rows repeated
     coordinator: str | None = None  # host:port of process 0, or auto (ask the cluster)
     processes: int | None = None

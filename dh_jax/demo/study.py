@@ -27,7 +27,7 @@ from dh_jax.data.sources import document_id, split_of
 from dh_jax.data.tokenization import train_bpe
 from dh_jax.demo import corpora
 from dh_jax.errors import UserError
-from dh_jax.progress import PAUSE, PrepareProgress
+from dh_jax.progress import PAUSE, PrepareProgress, duration
 from dh_jax.report import write_report
 
 VOCABULARY = 4096
@@ -72,7 +72,7 @@ def run_demo(
     report = folder / "report.html"
     found = write_report([job.out for job in jobs], report, title="A mixture that steers itself")
     console.print(found.headline, highlight=False)
-    console.print(f"{time.perf_counter() - start:.0f} s; open {report}")
+    console.print(f"{duration(time.perf_counter() - start)}; open {report}")
     return report
 
 
@@ -167,7 +167,8 @@ def run_jobs(jobs: list[Job], console: Console) -> None:
         console=console,
         disable=not drawn,
     )
-    tasks, told, runs = {}, time.monotonic(), len(waiting)
+    tasks, runs = {}, len(waiting)
+    start = told = time.monotonic()
     begun: dict[Job, float] = {}
     try:
         with bar:
@@ -188,8 +189,10 @@ def run_jobs(jobs: list[Job], console: Console) -> None:
                     if process.returncode:
                         raise UserError(f"run {job.out} failed: {_last_lines(_log(job))}")
                     left = len(waiting) + len(running)
+                    seconds = (time.monotonic() - start) / (runs - left) * left
+                    soon = f", about {duration(seconds)} left" if left else ""
                     bar.console.print(  # also in a log
-                        f"{job.policy} {job.seed} is done, {runs - left} of {runs}"
+                        f"{job.policy} {job.seed} is done, {runs - left} of {runs}{soon}"
                     )
                 if not drawn and time.monotonic() - told >= PAUSE:
                     told = time.monotonic()

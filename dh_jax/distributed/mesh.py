@@ -1,8 +1,9 @@
 """The device mesh: named axes, which rows a process reads, and how batches reach devices.
 
 Axes, the outermost first: ``data`` (rows are split, parameters repeated), ``fsdp`` (rows and
-parameters split), ``tensor`` (heads, feed-forward and vocabulary split; rows repeated). What of a
-parameter or an activation is split over which axis is in `dh_jax.distributed.placement`.
+parameters split), ``sequence`` (the tokens of each row split, parameters repeated), ``tensor``
+(heads, feed-forward and vocabulary split; rows repeated). What of a parameter or an activation is
+split over which axis is in `dh_jax.distributed.placement`.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from dh_jax.batch import Batch
 from dh_jax.config import MeshConfig
 from dh_jax.errors import ConfigError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "sequence", "tensor")
 ROWS = ("data", "fsdp")  # the axes that rows are split over
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-    """A mesh over the first ``data * fsdp * tensor`` devices; an axis of -1 takes what is left.
+    """A mesh over as many of the first devices as its sizes say; an axis of -1 takes what is left.
 
     Raises:
         ConfigError: there are not enough devices, or the sizes make no sense.
@@ -65,11 +66,16 @@ def row_ways(mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape.get(axis, 1) for axis in ROWS)
 
 
+def token_ways(mesh: Mesh | AbstractMesh) -> int:
+    """Into how many parts the tokens of a batch are split; 1 on no mesh."""
+    return row_ways(mesh) * mesh.shape.get("sequence", 1)
+
+
 def loader_shard(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
     """(index, count) of the rows that a process feeds: the ``shard`` of `get_loader`.
 
     By place on the axes that split rows, never by the number of the process: processes that
-    differ on the ``tensor`` axis alone hold the same rows and must read the same.
+    differ on the other axes alone hold the same rows, or parts of them, and must read the same.
 
     Args:
         mesh: of `make_mesh`.
@@ -87,13 +93,16 @@ def loader_shard(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
     if sum(map(len, shards)) != row_ways(mesh) or len(set(map(len, shards))) > 1:
         raise ConfigError(
             f"mesh {dict(mesh.shape)} splits rows unevenly over {len(held)} processes; take a "
-            "tensor size that divides a process's devices, or is a multiple of them"
+            "tensor and a sequence size that divide a process's devices, or are multiples of them"
         )
     return shards.index(tuple(sorted(held[process]))), len(shards)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows split over ``data`` and ``fsdp``."""
+def batch_sharding(mesh: Mesh | AbstractMesh, dimensions: int = 1) -> NamedSharding:
+    """Rows split over ``data`` and ``fsdp``, their tokens (of two dimensions or more) over
+    ``sequence``."""
+    if dimensions > 1 and mesh.shape.get("sequence", 1) > 1:
+        return NamedSharding(mesh, PartitionSpec(ROWS, "sequence"))
     return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
@@ -106,20 +115,30 @@ def to_device(batch: Batch, mesh: Mesh, *, whole: bool = False) -> Batch:
         whole: every host has all rows of the global batch, and places its part of them.
 
     Raises:
-        ConfigError: the global rows do not divide evenly over the mesh.
+        ConfigError: the global rows, or the tokens of a row, do not divide evenly over the mesh.
     """
-    rows = batch.tokens_BT.shape[0] * (1 if whole else loader_shard(mesh)[1])
+    B, T = batch.tokens_BT.shape
+    rows = B * (1 if whole else loader_shard(mesh)[1])
     if rows % row_ways(mesh):
         raise ConfigError(
             f"a batch of {rows} rows does not divide over {row_ways(mesh)} devices; "
             f"take a multiple of {row_ways(mesh)}"
         )
-    sharding = batch_sharding(mesh)
+    if T % (ways := mesh.shape["sequence"]):
+        raise ConfigError(
+            f"rows of {T} tokens do not divide over mesh.sequence {ways}; "
+            f"take a multiple of {ways} for max_length"
+        )
+    shardings = jax.tree.map(lambda x: batch_sharding(mesh, x.ndim), batch)
     if whole:
-        return place(batch, jax.tree.map(lambda _: sharding, batch))
-    placed: Batch = jax.tree.map(
-        lambda local: jax.make_array_from_process_local_data(sharding, local), batch
-    )
+        return place(batch, shardings)
+
+    def one(local: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        # Said, since a process has its rows whole, also where only a part of them is for it.
+        shape = (rows, *local.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, local, shape)
+
+    placed: Batch = jax.tree.map(one, batch, shardings)
     return placed
 
 

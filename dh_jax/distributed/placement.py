@@ -45,8 +45,12 @@ PARAMETERS = (
 )
 # Letter -> axes of the mesh; letters that are missing are split over none.
 PARAMETER_AXES = {"D": "fsdp", "V": "tensor", "H": "tensor", "K": "tensor", "F": "tensor"}
+# Of one array an axis splits the first dimension whose letter names it. So hidden states "BTD" and
+# queries "BTHh" are split along T, and queries "BtHh", whole rows of a share of the heads, along H:
+# between the two XLA exchanges tokens for heads (Ulysses, Jacobs et al. 2023, arXiv:2309.14509).
 ACTIVATION_AXES = {
-    "B": ("data", "fsdp"), "V": ("tensor",), "H": ("tensor",), "K": ("tensor",), "F": ("tensor",),
+    "B": ("data", "fsdp"), "T": ("sequence",), "V": ("tensor",), "F": ("tensor",),
+    "H": ("sequence", "tensor"), "K": ("sequence", "tensor"),
     # What comes out of the embedding, whose columns are split over fsdp. Said before "BTD" it
     # makes the way between the two an exchange of columns for rows; on a mesh of data and fsdp
     # XLA otherwise gathers the rows of all devices on each.
@@ -120,17 +124,19 @@ def warn_unsplit(params: Params, mesh: AnyMesh) -> None:
 
 
 def check_heads(config: ModelConfig, mesh: AnyMesh) -> None:
-    """Refuse a tensor axis that would cut through heads.
+    """Refuse axes that would cut through heads, which sequence and tensor share.
 
     Raises:
-        ConfigError: it divides the query heads or the key-value heads unevenly.
+        ConfigError: they divide the query heads or the key-value heads unevenly.
     """
-    ways = mesh.shape["tensor"]
+    sizes = {axis: mesh.shape.get(axis, 1) for axis in ("sequence", "tensor")}
+    ways = math.prod(sizes.values())
+    said = " x ".join(f"mesh.{axis} {n}" for axis, n in sizes.items() if n > 1)
     for name in ("heads", "kv_heads"):
         if (heads := getattr(config, name)) % ways:
             fitting = [n for n in range(1, config.kv_heads + 1) if _divides(n, config)]
             raise ConfigError(
-                f"mesh.tensor {ways} does not divide model.{name} {heads}; for this model it may "
+                f"{said} does not divide model.{name} {heads}; for this model it may "
                 f"be {', '.join(map(str, fitting))}"
             )
 
@@ -206,14 +212,17 @@ def constrain(x: jax.Array, shape: str) -> jax.Array:
     Args:
         x: an array of as many dimensions as ``shape`` has letters.
         shape: letters of `ACTIVATION_AXES`, others for dimensions that are whole. A dimension
-            that its axes do not divide is left to XLA.
+            that its axes do not divide is left to XLA. An axis splits one dimension, the first
+            that names it.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
     spec: list[Any] = []
+    free = set(mesh.shape)
     for letter, n in zip(shape, x.shape, strict=True):
-        axes = tuple(axis for axis in ACTIVATION_AXES.get(letter, ()) if axis in mesh.shape)
+        axes = tuple(axis for axis in ACTIVATION_AXES.get(letter, ()) if axis in free)
+        free -= set(axes)
         fits = n % math.prod(mesh.shape[axis] for axis in axes) == 0
         spec.append((axes or None) if fits else PartitionSpec.UNCONSTRAINED)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))

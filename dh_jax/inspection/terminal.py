@@ -135,7 +135,7 @@ def print_found(found: Found, console: Console, most: int | None = None) -> None
         }
     )
     console.print(table)
-    console.print(_text(found.spans, COLOURS[0], most), soft_wrap=True)
+    console.print(_text(found.spans, COLOURS[0], most, "; --whole prints them"), soft_wrap=True)
 
 
 def print_replay(replay: Replay, console: Console) -> None:
@@ -188,17 +188,17 @@ def _print_rows(rows: list[DecodedRow], console: Console, most: int | None = Non
 def _label(segment: Segment) -> Text:
     return Text(
         f"{segment.document}  from token {segment.offset:,}  "
-        f"({len(segment.token_ids):,} tokens, {segment.targets:,} learnt)",
+        f"({len(segment.token_ids):,} tokens, {segment.targets:,} targets)",
         style="bold",
     )
 
 
-def _text(spans: list[Span], colour: str, most: int | None = None) -> Text:
+def _text(spans: list[Span], colour: str, most: int | None = None, cure: str = "") -> Text:
     shown, left_out = (spans, 0) if most is None else excerpt(spans, most)
     text = Text()
     for span in shown:
         style = f"black on {colour}" if span.learnt else f"underline {colour}"
         text.append(visible(span.text), style=style)
     if left_out:
-        text.append(f" [{left_out:,} more characters]", style="dim")
+        text.append(f" [{left_out:,} more characters{cure}]", style="dim")
     return text

@@ -49,10 +49,12 @@ class Attention(nnx.Module):
         if self.normalises:
             q = self.query_norm(q, tape.inside("query_norm"))
             k = self.key_norm(k, tape.inside("key_norm"))
+        # From a share of the row to a share of the heads, and back.
         q, k, v = constrain(q, "BTHh"), constrain(k, "BTKh"), constrain(v, "BTKh")
+        q, k, v = constrain(q, "BtHh"), constrain(k, "BtKh"), constrain(v, "BtKh")
         q, k = rotate(q, angles), rotate(k, angles)
         tape.show(rotated_query=q, rotated_key=k)
-        mixed = constrain(attend(q, k, v), "BTHh")
+        mixed = constrain(constrain(attend(q, k, v), "BtHh"), "BTHh")
         return self.out(mixed.reshape(B, T, -1), tape.inside("out"))
 
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dh_jax.config import validate_model
-from dh_jax.distributed.mesh import row_ways
+from dh_jax.distributed.mesh import place, token_ways
 from dh_jax.distributed.placement import constrain
 from dh_jax.errors import ConfigError
 from dh_jax.functions import Head
@@ -45,6 +45,15 @@ Graph: TypeAlias = nnx.GraphDef["Decoder"]
 OneLayer: TypeAlias = Callable[["Block", Array, dict[str, Array]], tuple[Array, dict[str, Array]]]
 
 LOSS_TABLE = 2**26  # elements of logits that exist at one time on a device: 256 MiB
+
+
+Placed: TypeAlias = Callable[[str, Any], Any]
+"""``(path, module) -> module``, called with each part as it is made: where it is moved, before the
+next one is."""
+
+
+def _as_made(path: str, module: Any) -> Any:
+    return module
 
 
 class Block(nnx.Module):
@@ -75,15 +84,18 @@ class Decoder(nnx.Module):
         ConfigError: the vocabulary is empty.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: ModelConfig, vocab_size: int, *, rngs: nnx.Rngs, placed: Placed = _as_made
+    ) -> None:
         validate_model(config)
         if vocab_size < 1:
             raise ConfigError(f"vocab_size is {vocab_size}; the least is 1")
         self.rotary, self.remat, self.count = rotary(config), config.remat, config.layers
         normal = nnx.initializers.normal(config.init_scale)
-        self.embed = nnx.Embed(
+        table = nnx.Embed(
             vocab_size, config.width, dtype=config.dtype, embedding_init=normal, rngs=rngs
         )
+        self.embed = placed("embed", table)
         self.scanned, self.kernel = config.scan_layers, config.attention
         self.precision = config.precision
         self.layers: Any
@@ -91,9 +103,12 @@ class Decoder(nnx.Module):
             self.layers = Block(config, rngs=rngs)
         else:
             names = [str(i) for i in range(config.layers)]
-            self.layers = nnx.Dict({name: Block(config, rngs=rngs) for name in names})
+            self.layers = nnx.Dict(
+                {name: placed(f"layers/{name}", Block(config, rngs=rngs)) for name in names}
+            )
         self.final_norm = RMSNorm(config.width, config.norm_epsilon)
-        self.head = None if config.tied else Linear(config, config.width, vocab_size, rngs=rngs)
+        head = None if config.tied else Linear(config, config.width, vocab_size, rngs=rngs)
+        self.head = None if head is None else placed("head", head)
 
     def __call__(
         self,
@@ -140,6 +155,9 @@ class Decoder(nnx.Module):
     ) -> tuple[tuple[Array, Array], Attend]:
         """What every layer is given: the angles of positions, and who sees whom."""
         kernel = KERNELS[self.kernel]
+        # Attention sees whole rows (of some heads), and so needs these whole.
+        positions_BT = constrain(positions_BT, "Bt")
+        segment_ids_BT = constrain(segment_ids_BT, "Bt")
 
         def attend(q_BTHh: Array, k_BTKh: Array, v_BTKh: Array) -> Array:
             return kernel(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT)
@@ -200,16 +218,28 @@ class Decoder(nnx.Module):
 # --- building --------------------------------------------------------------------------------
 
 
-def build(config: ModelConfig, vocab_size: int, key: Array) -> tuple[Graph, Params]:
+def build(
+    config: ModelConfig,
+    vocab_size: int,
+    key: Array,
+    shardings: Callable[[Params], Params] | None = None,
+) -> tuple[Graph, Params]:
     """A new decoder: its static graph and its parameters, drawn from ``key``.
 
     Not under one jit: each draw is compiled once a shape rather than once a layer, which for 30
     layers is 5 seconds against 35.
 
+    Args:
+        config: of the decoder.
+        vocab_size: V.
+        key: draws the parameters, the same ones wherever they are placed.
+        shardings: from arrays by path to their places, to which each layer goes before the next
+            is drawn, so that no device ever holds the whole model; None: the default device.
+
     Raises:
         ConfigError: the config describes no decoder (see `validate_model`).
     """
-    return abstract_graph(config, vocab_size), _initialise(config, vocab_size, key)
+    return abstract_graph(config, vocab_size), _initialise(config, vocab_size, key, shardings)
 
 
 def abstract_graph(config: ModelConfig, vocab_size: int) -> Graph:
@@ -226,12 +256,27 @@ def abstract_params(config: ModelConfig, vocab_size: int) -> Params:
     return params
 
 
-def _initialise(config: ModelConfig, vocab_size: int, key: Array) -> Params:
+def _initialise(
+    config: ModelConfig,
+    vocab_size: int,
+    key: Array,
+    shardings: Callable[[Params], Params] | None = None,
+) -> Params:
     # Both layouts are drawn alike, so that a seed means the same model in either.
     plain = dataclasses.replace(config, scan_layers=False)
-    model = Decoder(plain, vocab_size, rngs=nnx.Rngs(key))
+
+    def placed(path: str, module: Any) -> Any:
+        if shardings is not None:
+            state = nnx.state(module, nnx.Param)
+            params = {path: nnx.to_pure_dict(state)}
+            nnx.replace_by_pure_dict(state, place(params, shardings(params))[path])
+            nnx.update(module, state)
+        return module
+
+    model = Decoder(plain, vocab_size, rngs=nnx.Rngs(key), placed=placed)
     params: Params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    return stack_layers(params) if config.scan_layers else params
+    params = stack_layers(params) if config.scan_layers else params
+    return params if shardings is None else place(params, shardings(params))
 
 
 def stack_layers(params: Params) -> Params:
@@ -258,7 +303,7 @@ def loss_fn(graph: Graph, chunk: int | None = None) -> LossFn:
     Args:
         graph: from `build`.
         chunk: targets (of all rows together) whose logits exist at one time; None: as many as
-            `LOSS_TABLE` has room for, on each device that rows are split over. Where that is
+            `LOSS_TABLE` has room for, on each device that tokens are split over. Where that is
             not all of them the backward pass makes the logits again, one product in four of
             the head's, so that no ``[B, T, V]`` table is ever held.
 
@@ -276,9 +321,9 @@ def loss_fn(graph: Graph, chunk: int | None = None) -> LossFn:
 
 def loss_of(model: Decoder, batch: Batch, chunk: int | None, tape: Tape) -> Array:
     """The loss of a merged model; `loss_fn` and its tapped sibling say what it is."""
-    if chunk is None:  # one is cut from all rows, so it grows with the ways that rows are split
+    if chunk is None:  # one is cut from all rows, so it grows with the ways that they are split
         rows = len(model.embed.embedding)
-        chunk = max(1, LOSS_TABLE // rows) * row_ways(jax.sharding.get_abstract_mesh())
+        chunk = max(1, LOSS_TABLE // rows) * token_ways(jax.sharding.get_abstract_mesh())
     hidden_BTD = model(batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT, tape)
     loss_BT = chunked_cross_entropy(model.logits, hidden_BTD, batch.targets_BT, chunk)
     return jnp.where(batch.loss_mask_BT, loss_BT, 0.0)

@@ -39,19 +39,21 @@ def product(
             (1,536) smaller on a CPU.
         dtype: of sums and result; None: that of ``x_BTI``.
     """
-    rows_RI = x_BTI.reshape(-1, x_BTI.shape[-1])
+    x = x_BTI
+    if jax.sharding.get_abstract_mesh().shape.get("sequence", 1) == 1:  # else split along T, too
+        x = x.reshape(-1, x.shape[-1])
     if precision == "default":
-        y_RO = jnp.matmul(rows_RI, kernel_IO, preferred_element_type=dtype)
+        y = jnp.matmul(x, kernel_IO, preferred_element_type=dtype)
     else:
-        y_RO = _in_pieces(rows_RI, kernel_IO).astype(dtype or x_BTI.dtype)
-    return y_RO.reshape(*x_BTI.shape[:-1], -1)
+        y = _in_pieces(x, kernel_IO).astype(dtype or x.dtype)
+    return y.reshape(*x_BTI.shape[:-1], -1)
 
 
-def _in_pieces(x_RI: Array, kernel_IO: Array) -> Array:
+def _in_pieces(x: Array, kernel_IO: Array) -> Array:
     pieces = [slice(start, start + PIECE) for start in range(0, len(kernel_IO), PIECE)]
     parts = [
         jnp.matmul(
-            x_RI[:, piece], kernel_IO[piece], precision="highest", preferred_element_type="float32"
+            x[..., piece], kernel_IO[piece], precision="highest", preferred_element_type="float32"
         )
         for piece in pieces
     ]

@@ -85,8 +85,7 @@ def start(
     if config.pretrained is not None:
         graph, params, _, _ = load_pretrained(config.pretrained, config, shardings=shardings)
     else:
-        graph, params = decoder.build(config, rows, key)
-        params = _place(params, shardings)
+        graph, params = decoder.build(config, rows, key, shardings)
     if not config.lora.rank:
         return Started(
             params, decoder.loss_fn(graph, chunk), decoder.hidden_fn(graph),

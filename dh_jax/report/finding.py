@@ -152,14 +152,14 @@ def _sentences(
         if clocks[name].total > 0:
             spent = clocks[name].seconds.get("reweight", 0.0)
             said.append(
-                f"Steering by {name} cost {percent(clocks[name].overhead)} of the wall-clock time "
+                f"The moves of {name} took {percent(clocks[name].overhead)} of the wall-clock time "
                 f"({seconds(spent)} of {seconds(clocks[name].total)} a run), "
                 f"{percent(clocks[name].of_training)} of the training steps' own."
             )
     compiling = {name: clock.seconds.get("compile", 0.0) for name, clock in clocks.items()}
     if any(map(moves, clocks)) and any(compiling.values()):
         each = join([f"{seconds(spent)} by {name}" for name, spent in compiling.items()])
-        said.append(f"What a run compiles, once, is not counted in that: {each}.")
+        said.append(f"What a run compiles, once, comes on top: {each}.")
     if differences:
         said.append(f"All runs trained on {_token_range(runs)} tokens.")
     return said
@@ -234,8 +234,9 @@ def figures(values: Iterable[float]) -> Callable[[float], str]:
 
 
 def percent(share: float) -> str:
-    """A fraction as a percentage with one decimal."""
-    return f"{number(100 * share, 1)}\u202f%"
+    """A fraction as a percentage with one decimal; with two, where that would say all or none."""
+    digits = 1 if round(100 * share, 1) % 100 or share in (0, 1) else 2
+    return f"{number(100 * share, digits)}\u202f%"
 
 
 def signed_percent(share: float) -> str:

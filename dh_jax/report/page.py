@@ -88,7 +88,7 @@ def render(runs: Sequence[Run], summary: Summary, title: str | None = None) -> s
         HERE,
         number=finding.number,
         signed=finding.signed,
-        figure=finding.figures(d.document.score for end in shown.values() for d in end),
+        figure=finding.figures(-d.document.score for end in shown.values() for d in end),
         percent=finding.percent,
         signed_percent=finding.signed_percent,
         amount=finding.amount,

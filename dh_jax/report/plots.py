@@ -342,7 +342,7 @@ def _documents(run: Run | None) -> Iterator[tuple[str, Drawing]]:
     styles = viz.source_styles(list(run.sources))
     scores: dict[str, list[float]] = {}
     for d in documents.documents:
-        scores.setdefault(d.source, []).append(d.score)
+        scores.setdefault(d.source, []).append(-d.score)
     groups = {
         name: (styles.get(name, viz.Style("muted")), scores[name])
         for name in (*run.sources, *sorted(set(scores).difference(run.sources)))
@@ -352,8 +352,8 @@ def _documents(run: Run | None) -> Iterator[tuple[str, Drawing]]:
     ends = f", the ends of {scored:,} scored," if scored > count else ""
     yield _draw(
         "scores",
-        f"Influence of {count} documents{ends} on the loss on {documents.target}",
-        "Each tick is a document, the diamond the mean of its source's. Left of 0 a document "
-        "lowers the loss (helps), right of 0 it raises it (harms).",
-        lambda width: viz.strips(groups, width, unit="influence on the loss (left helps)"),
+        f"Helpfulness of {count} documents{ends} for {documents.target}",
+        "Each tick is a document, the diamond the mean of its source's. Right of 0 a document "
+        "lowers the loss (helps), left of 0 it raises it (harms).",
+        lambda width: viz.strips(groups, width, unit="helpfulness (minus influence)"),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +20,9 @@ MODEL = ModelConfig(width=128, layers=2, heads=4, kv_heads=4, mlp_width=256)
 
 @pytest.mark.parametrize(
     ("sizes", "embedding"),
-    [((1, 1, 1), "{}, {}"), ((8, 1, 1), "{}, {}"), ((2, 2, 2), '{"tensor"}, {"fsdp"}')],
+    [((1, 1, 1, 1), "{}, {}"), ((8, 1, 1, 1), "{}, {}"), ((2, 2, 2, 2), '{"tensor"}, {"fsdp"}')],
 )
-def test_the_train_step_lowers_for_cuda_and_tpu(
-    sizes: tuple[int, int, int], embedding: str
-) -> None:
+def test_the_train_step_lowers_for_cuda_and_tpu(sizes: tuple[int, ...], embedding: str) -> None:
     mesh = AbstractMesh(sizes, AXES)  # of devices that are not there
     step, arguments = abstract_step(
         MODEL, TrainingConfig(batch_size=8), mesh, vocab_size=512, row_length=64, sources=3
@@ -34,6 +33,24 @@ def test_the_train_step_lowers_for_cuda_and_tpu(
     assert len(text) > 100_000  # the step is in it
     first = re.search(r"tensor<512x128xf32> {sdy.sharding = #sdy.sharding<@mesh, \[(.*?)\]>", text)
     assert first is not None and first[1] == embedding
+
+
+def test_a_sequence_axis_splits_work_and_memory_and_exchanges_tokens_for_heads() -> None:
+    def compiled(sequence: int) -> Any:
+        step, arguments = abstract_step(
+            MODEL, TrainingConfig(batch_size=4), make_mesh(MeshConfig(fsdp=2, sequence=sequence)),
+            vocab_size=512, row_length=1024,
+        )  # fmt: skip
+        return step.lower(*arguments).compile()
+
+    alone, four = compiled(1), compiled(4)
+    assert four.cost_analysis()["flops"] < 0.27 * alone.cost_analysis()["flops"]
+    assert step_bytes(four) < 0.5 * step_bytes(alone)
+    # Queries, keys, values and what is mixed, forwards and backwards; and the embedding's look-up.
+    assert collectives(four)["all-to-all"].times == 8 * MODEL.layers + 4
+    states = 4 * 1024 // 8 * MODEL.width * 4  # bytes of a device's hidden states
+    gathered = collectives(four).get("all-gather", Traffic(0, 0)).bytes
+    assert gathered < collectives(alone)["all-gather"].bytes + states  # weights, no activations
 
 
 def test_collectives_in_a_loop_count_as_often_as_it_runs() -> None:

@@ -22,6 +22,7 @@ MESHES = {
     "fsdp": MeshConfig("fsdp", data=1, fsdp=-1),
     "both": MeshConfig("both", data=2, fsdp=4),
     "all": MeshConfig("all", data=2, fsdp=2, tensor=2),
+    "sequence": MeshConfig("sequence", fsdp=2, sequence=4),
 }
 
 
@@ -42,41 +43,42 @@ def test_simulated_devices_are_there() -> None:
 @pytest.mark.parametrize(
     ("sizes", "shape"),
     [
-        ((1, 1, 1), (1, 1, 1)),
-        ((-1, 1, 1), (8, 1, 1)),
-        ((1, -1, 1), (1, 8, 1)),
-        ((2, -1, 2), (2, 2, 2)),
-        ((-1, 4, 1), (2, 4, 1)),
-        ((1, 2, -1), (1, 2, 4)),
-        ((2, 2, 1), (2, 2, 1)),
+        ((1, 1, 1, 1), (1, 1, 1, 1)),
+        ((-1, 1, 1, 1), (8, 1, 1, 1)),
+        ((1, -1, 1, 1), (1, 8, 1, 1)),
+        ((2, -1, 1, 2), (2, 2, 1, 2)),
+        ((-1, 4, 1, 1), (2, 4, 1, 1)),
+        ((1, 2, 1, -1), (1, 2, 1, 4)),
+        ((2, 2, 1, 1), (2, 2, 1, 1)),
+        ((1, -1, 2, 2), (1, 2, 2, 2)),
     ],
 )
 def test_minus_one_takes_what_is_left(
-    sizes: tuple[int, int, int], shape: tuple[int, int, int]
+    sizes: tuple[int, int, int, int], shape: tuple[int, int, int, int]
 ) -> None:
     mesh = meshes.make_mesh(MeshConfig("m", *sizes))
-    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert mesh.axis_names == meshes.AXES == ("data", "fsdp", "sequence", "tensor")
     assert mesh.devices.shape == shape
 
 
 @pytest.mark.parametrize(
     ("sizes", "said"),
     [
-        ((4, 2, 2), "needs 16 devices, there are 8.*device_count=16"),
-        ((16, -1, 1), "needs 16 devices, there are 8"),
-        ((3, -1, 1), "3 does not divide the 8 devices"),
-        ((-1, -1, 1), "at most one"),
-        ((1, 1, 0), "positive"),
+        ((4, 2, 1, 2), "needs 16 devices, there are 8.*device_count=16"),
+        ((16, -1, 1, 1), "needs 16 devices, there are 8"),
+        ((3, -1, 1, 1), "3 does not divide the 8 devices"),
+        ((-1, -1, 1, 1), "at most one"),
+        ((1, 1, 1, 0), "positive"),
     ],
 )
 def test_impossible_meshes_are_refused_with_the_cure(
-    sizes: tuple[int, int, int], said: str
+    sizes: tuple[int, int, int, int], said: str
 ) -> None:
     with pytest.raises(ConfigError, match=said):
         meshes.make_mesh(MeshConfig("m", *sizes))
 
 
-def stand_in(sizes: tuple[int, int, int], processes: int) -> SimpleNamespace:
+def stand_in(sizes: tuple[int, int, int, int], processes: int) -> SimpleNamespace:
     """A mesh of devices on several processes, in the order that JAX lists them: two processes run
     for real in test_processes, the layouts of many cannot here."""
     count = int(np.prod(sizes))
@@ -88,24 +90,25 @@ def stand_in(sizes: tuple[int, int, int], processes: int) -> SimpleNamespace:
 @pytest.mark.parametrize(
     ("sizes", "processes", "shards"),
     [
-        ((8, 1, 1), 1, [(0, 1)]),
-        ((8, 1, 1), 4, [(0, 4), (1, 4), (2, 4), (3, 4)]),
-        ((2, 4, 1), 2, [(0, 2), (1, 2)]),
-        ((1, 4, 2), 4, [(0, 4), (1, 4), (2, 4), (3, 4)]),
-        ((2, 1, 4), 4, [(0, 2), (0, 2), (1, 2), (1, 2)]),  # pairs share a row
-        ((1, 1, 8), 4, [(0, 1)] * 4),
-        ((2, 2, 2), 8, [(0, 4), (0, 4), (1, 4), (1, 4), (2, 4), (2, 4), (3, 4), (3, 4)]),
+        ((8, 1, 1, 1), 1, [(0, 1)]),
+        ((8, 1, 1, 1), 4, [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        ((2, 4, 1, 1), 2, [(0, 2), (1, 2)]),
+        ((1, 4, 1, 2), 4, [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        ((2, 1, 1, 4), 4, [(0, 2), (0, 2), (1, 2), (1, 2)]),  # pairs share a row
+        ((1, 1, 1, 8), 4, [(0, 1)] * 4),
+        ((1, 2, 4, 1), 4, [(0, 2), (0, 2), (1, 2), (1, 2)]),  # as do parts of one
+        ((2, 2, 1, 2), 8, [(0, 4), (0, 4), (1, 4), (1, 4), (2, 4), (2, 4), (3, 4), (3, 4)]),
     ],
 )
 def test_processes_that_share_rows_read_the_same_shard(
-    sizes: tuple[int, int, int], processes: int, shards: list[tuple[int, int]]
+    sizes: tuple[int, int, int, int], processes: int, shards: list[tuple[int, int]]
 ) -> None:
     mesh = stand_in(sizes, processes)
     assert [meshes.loader_shard(mesh, i) for i in range(processes)] == shards  # type: ignore[arg-type]
 
 
 def test_rows_that_no_process_has_a_part_of_its_own_of_are_refused() -> None:
-    mesh = stand_in((2, 1, 3), 3)  # the second process lies across both rows
+    mesh = stand_in((2, 1, 1, 3), 3)  # the second process lies across both rows
     with pytest.raises(ConfigError, match="splits rows unevenly over 3 processes"):
         meshes.loader_shard(mesh, 0)  # type: ignore[arg-type]
 
@@ -119,8 +122,13 @@ def test_a_batch_on_the_mesh_keeps_its_values_and_splits_its_rows() -> None:
         for ours, theirs in zip(jax.tree.leaves(placed), jax.tree.leaves(batch), strict=True):
             np.testing.assert_array_equal(ours, theirs)
             assert ours.dtype == theirs.dtype
-            assert ours.sharding.spec == PartitionSpec(("data", "fsdp"))
-            assert ours.addressable_shards[3].data.shape[0] == B // meshes.row_ways(mesh)
+            split = config.sequence > 1 and ours.ndim > 1
+            tokens = ("sequence",) if split else ()
+            assert ours.sharding.spec == PartitionSpec(("data", "fsdp"), *tokens)
+            share = ours.addressable_shards[3].data
+            assert share.shape[0] == B // meshes.row_ways(mesh)
+            ways = meshes.token_ways(mesh) if split else meshes.row_ways(mesh)
+            assert ours.size // share.size == ways
         teacher = TopKLogits(*(np.ones((B, T, 2), np.float32),) * 2, np.ones((B, T), np.float32))
         placed = meshes.to_device(batch._replace(teacher=teacher), mesh)
         assert placed.teacher is not None and placed.teacher.log_tail_BT.shape == (B, T)
@@ -130,6 +138,12 @@ def test_rows_that_do_not_divide_over_the_devices_are_refused() -> None:
     batch = jax.tree.map(lambda x: x[:6], some_batch())
     with pytest.raises(ConfigError, match="6 rows does not divide over 8 devices"):
         meshes.to_device(batch, meshes.make_mesh(MESHES["data"]))
+
+
+def test_tokens_that_do_not_divide_over_the_devices_are_refused() -> None:
+    batch = jax.tree.map(lambda x: x[:, :38] if x.ndim > 1 else x, some_batch())
+    with pytest.raises(ConfigError, match=r"38 tokens .* mesh.sequence 4; .* multiple of 4"):
+        meshes.to_device(batch, meshes.make_mesh(MESHES["sequence"]))
 
 
 def test_replicate_puts_the_whole_array_on_every_device() -> None:

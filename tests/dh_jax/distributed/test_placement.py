@@ -27,8 +27,8 @@ from dh_jax.dryrun import abstract_step, collectives, step_bytes
 from dh_jax.errors import ConfigError
 from dh_jax.models import decoder
 
-ALL = AbstractMesh((2, 2, 2), AXES)
-FSDP = AbstractMesh((1, 8, 1), AXES)
+ALL = AbstractMesh((2, 2, 1, 2), AXES)
+FSDP = AbstractMesh((1, 8, 1, 1), AXES)
 
 
 def array(*shape: int) -> jax.ShapeDtypeStruct:
@@ -114,7 +114,7 @@ def test_what_no_rule_knows_is_split_along_its_longest_dimension_that_divides() 
 
 def test_a_dimension_that_does_not_divide_stays_whole_and_is_named() -> None:
     params = {"embed": {"embedding": array(4097, 128)}, "head": {"kernel": array(130, 4096)}}
-    mesh = AbstractMesh((1, 4, 2), AXES)
+    mesh = AbstractMesh((1, 4, 1, 2), AXES)
     assert specs(params, mesh) == {
         "embed": {"embedding": (None, "fsdp")},
         "head": {"kernel": (None, "tensor")},  # 130 is no multiple of 4, and nothing else is free
@@ -123,7 +123,7 @@ def test_a_dimension_that_does_not_divide_stays_whole_and_is_named() -> None:
         ("embed/embedding", 0, "tensor"),
         ("head/kernel", 0, "fsdp"),
     ]
-    assert unsplit(params, AbstractMesh((8, 1, 1), AXES)) == []
+    assert unsplit(params, AbstractMesh((8, 1, 1, 1), AXES)) == []
     with pytest.warns(UserWarning, match=r"does not divide 2 dimensions .* embed/embedding"):
         warn_unsplit(params, mesh)
 
@@ -133,10 +133,10 @@ def test_a_dimension_that_does_not_divide_stays_whole_and_is_named() -> None:
     path=st.sampled_from(
         ["layers/0/attention/query/kernel", "embed/embedding", "mine", "a/down/lora_a", "x/bias"]
     ),
-    sizes=st.tuples(*[st.sampled_from([1, 2, 3, 4, 6])] * 3),
+    sizes=st.tuples(*[st.sampled_from([1, 2, 3, 4, 6])] * 4),
 )
 def test_any_shape_on_any_mesh_gets_a_sharding_that_divides_it(
-    shape: tuple[int, ...], path: str, sizes: tuple[int, int, int]
+    shape: tuple[int, ...], path: str, sizes: tuple[int, int, int, int]
 ) -> None:
     mesh = AbstractMesh(sizes, AXES)
     (sharding,) = jax.tree.leaves(param_shardings({path: array(*shape)}, mesh))
@@ -148,9 +148,11 @@ def test_any_shape_on_any_mesh_gets_a_sharding_that_divides_it(
 
 def test_a_tensor_axis_through_heads_is_refused() -> None:
     config = ModelConfig(width=576, heads=9, kv_heads=3)
-    check_heads(config, AbstractMesh((1, 2, 3), AXES))
+    check_heads(config, AbstractMesh((1, 2, 1, 3), AXES))
     with pytest.raises(ConfigError, match=r"tensor 2 does not divide model\.heads 9; .* 1, 3"):
         check_heads(config, ALL)
+    with pytest.raises(ConfigError, match=r"sequence 3 x mesh\.tensor 3 does not divide model\.kv"):
+        check_heads(config, AbstractMesh((1, 1, 3, 3), AXES))
 
 
 def test_constrain_means_nothing_without_a_mesh_and_changes_no_value_with_one() -> None:

@@ -25,7 +25,10 @@ from dh_jax.step import make_optimizer, make_step
 from tests.dh_jax.distributed import float64_model
 
 V, B, T, STEPS, HALF = 256, 8, 24, 20, 10
-MESHES = {"1": (1, 1, 1), "8x1": (8, 1, 1), "4x2": (4, 2, 1), "2x2x2": (2, 2, 2)}
+MESHES = {  # data, fsdp, sequence, tensor
+    "1": (1, 1, 1, 1), "8x1": (8, 1, 1, 1), "4x2": (4, 2, 1, 1), "2x2x2": (2, 2, 1, 2),
+    "sequence": (2, 2, 2, 1),
+}  # fmt: skip
 KEY = jax.random.key(0)
 TRAINING = TrainingConfig(steps=STEPS, learning_rate=1e-2, warmup=2)
 
@@ -43,7 +46,7 @@ def batch_of(step: int) -> Batch:
 class Trainer:
     """The library's step on one mesh, from the same start on every mesh."""
 
-    def __init__(self, sizes: tuple[int, int, int], loss_fn: LossFn, params: Any):
+    def __init__(self, sizes: tuple[int, int, int, int], loss_fn: LossFn, params: Any):
         self.mesh = make_mesh(MeshConfig("test", *sizes))
         optimizer = InfluenceAwareOptimizer(
             make_optimizer(TRAINING), uniform(), source_names=["a", "b"], weights=[0.5, 0.5]

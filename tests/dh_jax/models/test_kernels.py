@@ -53,7 +53,7 @@ def test_kernels_agree_with_xla_forwards_and_backwards(kernel: Any) -> None:
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("mesh", [(1, 1, 1, 1), (2, 2, 1, 2), (1, 2, 2, 1)])
 def test_a_training_step_lowers_with_the_kernel_of_each_platform(mesh: tuple[int, ...]) -> None:
     config = dataclasses.replace(
         LLAMA, attention="pallas", head_width=64, layers=1, dtype="bfloat16"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from dh_jax.completion import complete, open_model
 from dh_jax.config import LoraConfig, MeshConfig, ModelConfig, RunConfig, TrainingConfig
 from dh_jax.distributed.mesh import make_mesh
+from dh_jax.distributed.placement import param_shardings
 from dh_jax.dryrun import abstract_step, step_bytes
 from dh_jax.errors import ConfigError
 from dh_jax.functions import as_argument, round_matrices
@@ -74,6 +76,32 @@ def test_what_a_dry_run_assumes_is_what_a_run_starts_with(rank: int, scan: bool)
     carried = [as_argument(each.loss_fn) for each in (planned, real)]
     assert described(jax.tree.leaves(carried[0])) == described(jax.tree.leaves(carried[1]))
     assert bool(jax.tree.leaves(carried[0])) == bool(rank)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_drawn_model_is_the_same_on_a_mesh_and_never_whole_on_a_device(scan: bool) -> None:
+    config = dataclasses.replace(SHAPE, width=128, layers=6, mlp_width=512, scan_layers=scan)
+    mesh, first = make_mesh(MeshConfig(fsdp=8)), jax.devices()[0]
+
+    def on_first() -> int:
+        there = [x for x in jax.live_arrays() if first in x.sharding.device_set]
+        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in there)
+
+    alone = jax.tree.map(np.asarray, start(config, 512, jax.random.key(0)).params)
+    before, held = on_first(), []
+
+    def shardings(params: Any) -> Any:
+        held.append(on_first() - before)  # with the part that is still to be placed
+        return param_shardings(params, mesh)
+
+    params = start(config, 512, jax.random.key(0), shardings).params
+    jax.tree.map(np.testing.assert_array_equal, params, alone)
+    for x, place in zip(
+        *map(jax.tree.leaves, (params, param_shardings(params, mesh))), strict=True
+    ):
+        assert x.sharding.is_equivalent_to(place, x.ndim)
+    whole = sum(x.nbytes for x in jax.tree.leaves(alone))
+    assert len(held) == 8 and max(held) < whole / 2
 
 
 def test_vectors_of_scanned_layers_are_no_matrices() -> None:

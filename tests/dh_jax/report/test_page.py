@@ -189,7 +189,7 @@ def test_documents_are_escaped_and_ranked(page: Page, page_text: str, nine: list
     assert page.texts["pre"][:16] == [d["text"][:2000] for d in ends]
     for d in ends:
         assert f"<code>{d['id']}</code>" in page_text
-        assert f'data-value="{d["score"]}">{signed(d["score"], 2)}<' in page_text
+        assert f'data-value="{-d["score"]}">{signed(-d["score"], 2)}<' in page_text
 
 
 def test_hostile_names_are_escaped_everywhere(run_folder: Path) -> None:
