@@ -69,6 +69,23 @@ def test_two_processes_equal_one_stop_together_and_one_goes_on_for_them(
     assert [r["tokens"] for r in records(out)] == [r["tokens"] for r in records(alone)]
 
 
+@pytest.mark.slow
+def test_two_processes_that_each_hold_half_of_every_row_equal_one(
+    make_config: Any, store: Path, tmp_path: Path
+) -> None:
+    data = write_data(make_config(store=str(store)), tmp_path)
+    command = Command(data, tmp_path / "compiled")
+    short = ("training.steps=4", "training.eval_interval=2")
+    command.run(tmp_path / "two", *short, "mesh=sequence", processes=2)
+    command.run(tmp_path / "one", *short)
+    two, one = (losses(tmp_path / name) for name in ("two", "one"))
+    assert len(two) == 4
+    np.testing.assert_allclose(two, one, rtol=0, atol=5e-5)
+    for ours, theirs in zip(*(records(tmp_path / x, "eval") for x in ("two", "one")), strict=True):
+        for name, domain in theirs["domains"].items():
+            assert ours["domains"][name]["loss"] == pytest.approx(domain["loss"], abs=5e-5)
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
