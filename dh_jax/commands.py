@@ -116,7 +116,7 @@ def mix(options: argparse.Namespace) -> int:
     search, folder = module("search"), Path(config.out)
     console = _console(stderr=options.json)
     try:
-        with module("progress").SearchProgress(console) as progress:
+        with module("progress").SearchProgress(console, search.plan_of(config)) as progress:
             finding = search.find_weights(config, progress)
     except KeyboardInterrupt:
         console.print("interrupted; go on with the same command and resume=true")

@@ -271,12 +271,18 @@ class CacheProgress(Bar):
 
 
 class SearchProgress(Bar):
-    """A progress bar of a search: proxies that are done, and runs that confirm what they found."""
+    """A progress bar of a search: proxies that are done, and runs that confirm what they found.
 
-    def __init__(self, console: Console):
+    ``plan`` says what they are, once the search has begun.
+    """
+
+    def __init__(self, console: Console, plan: str | None = None):
         super().__init__(console, "small runs")
+        self._plan = plan
 
     def __call__(self, done: int, total: int) -> None:
         if total != self._total:
+            if self._plan is not None:
+                self.note(self._plan)
             self.begin("small runs", total)
         self.show("small runs", done)

@@ -158,8 +158,8 @@ def _missed(finding: Finding) -> str | None:
         )
     return (
         f"a run with the weights found ended {miss:.3f} nats from what the fit predicted{beyond}. "
-        "They are better than those configured; how much better others would be, search.proxies "
-        "tells"
+        "They are better than those configured; whether others are better still, more proxies "
+        "would say (search.proxies)"
     )
 
 

@@ -72,19 +72,29 @@ def render(config: SearchRunConfig, finding: Finding) -> str:
 
 
 def runs(config: SearchRunConfig) -> int:
-    """How many proxies were trained in all."""
+    """How many small runs a search makes."""
     search = config.search
     tried = search.proxies if search.method == "regmix" else 2 * search.rounds
     return tried + (2 if search.confirm else 0)
 
 
+def plan_of(config: SearchRunConfig) -> str:
+    """What the small runs of a search are, in a line."""
+    search = config.search
+    tried = f"{search.proxies} proxies"
+    if search.method == "doremi":
+        tried = "a reference and a proxy" + (f", {search.rounds} times" * (search.rounds > 1))
+    proof = ", then one with the configured weights and one with those found" * search.confirm
+    return f"{runs(config)} small runs: {tried}{proof}"
+
+
 def headline(finding: Finding) -> str:
     """The finding in a sentence."""
     most = max(finding.weights, key=lambda name: finding.weights[name])
-    lead = (
-        f"{METHODS[finding.method]} gives {most} the most, "
-        f"{words.percent(finding.weights[most])} of the mixture"
-    )
+    share = f"the most, {words.percent(finding.weights[most])} of the mixture"
+    if finding.weights[most] > 1 - 1e-6:
+        share = "all of the mixture"
+    lead = f"{METHODS[finding.method]} gives {most} {share}"
     if finding.measured is None:
         return lead
     gain = finding.measured["found"] - finding.measured["configured"]
@@ -110,6 +120,10 @@ def figures(finding: Finding) -> list[Figured]:
                 "of predictions left out with what was measured",
             ),
         ]  # fmt: skip
+    if finding.predicted is not None and finding.measured is not None:
+        off = finding.measured["found"] - finding.predicted["found"]
+        said = "nats a token, measured less predicted, at the weights found"
+        found.append(Figured("missed by", words.signed(off), said))
     if finding.excess is not None:
         excess = finding.excess
         most = max(excess, key=lambda name: excess[name])

@@ -21,7 +21,7 @@ SMALL = 11.5
 LEFT = 48.0  # pixels left of an axis, for its numbers
 START = 0.15  # of a curve's length: what may be cut off where it falls steeply
 MOST_POINTS = 240  # points kept of a curve; more cannot be seen at these widths
-LABEL_LENGTH = 15
+LABEL_LENGTH = 20
 LABEL_GAP = 15.0
 MADE_HERE = "dh_jax.viz"  # the gid of our figures, by which a notebook knows them
 
@@ -227,8 +227,8 @@ def key(
 def short(label: str) -> str:
     """A name as it is drawn: cut where it is too long, and never read as mathematics.
 
-    >>> short("a_rather_long_source")
-    'a_rather_long_…'
+    >>> short("a_source_of_many_letters")
+    'a_source_of_many_le…'
     """
     return plain(label if len(label) <= LABEL_LENGTH else f"{label[: LABEL_LENGTH - 1]}…")
 

@@ -24,9 +24,10 @@ from dh_jax.errors import ConfigError, DataError, StateError
 from dh_jax.mixing import regmix
 from dh_jax.mixing.doremi import average_weights, doremi
 from dh_jax.mixing.policy import Observation
-from dh_jax.search import SearchConfig, SearchRunConfig, find_weights, write_search_report
+from dh_jax.search import SearchConfig, SearchRunConfig, find_weights, plan_of, write_search_report
 from dh_jax.search import proxies as trained
 from dh_jax.search.find import judge, warning_of
+from dh_jax.search.page import headline
 from dh_jax.search.proxies import Proxy, Result, run_config
 from dh_jax.search.written import round_weights, write_data_config
 
@@ -209,8 +210,11 @@ def test_the_report_says_what_was_found_and_escapes_names(
     page = (tmp_path / "report.html").read_text()
     assert "<b>bold" not in page and "&lt;b&gt;bold" in page
     assert f"RegMix gives sums the most, {100 * finding.weights['sums']:.1f}" in page
-    assert "42 small runs" in page and "leave-one-out error" in page
+    assert "42 small runs" in page and "leave-one-out error" in page and "missed by" in page
+    assert plan_of(config).startswith("42 small runs: 40 proxies, then one with the configured")
     assert page.count("<svg") == 4 and not re.search(r"(src|href)=.https?:", page)
+    alone = finding._replace(weights={name: float(name == "sums") for name in finding.weights})
+    assert headline(alone).startswith("RegMix gives sums all of the mixture; ")
     worthless = finding._replace(fit=finding.fit._replace(error=1.0, spread=1.0))
     write_search_report(config, worthless, tmp_path / "report.html")
     assert "do not trust these weights" in (tmp_path / "report.html").read_text()
