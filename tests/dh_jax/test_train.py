@@ -162,7 +162,9 @@ def test_another_config_or_an_occupied_folder_is_refused_in_one_line(
 
 
 @pytest.mark.slow  # tests/dh_jax/distributed/test_training.py trains on meshes in the suite
-@pytest.mark.parametrize("mesh", [{"fsdp": -1}, {"data": 2, "fsdp": 2, "tensor": 2}])
+@pytest.mark.parametrize(
+    "mesh", [{"fsdp": -1}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "sequence": 2}]
+)
 def test_a_mesh_of_eight_devices_gives_the_losses_of_one(
     mesh: dict[str, int], make_config: Any, store: Path, tmp_path: Path
 ) -> None:
