@@ -102,7 +102,9 @@ class Bar:
         return "" if left < SOON else f", {duration(left)} left"
 
     def note(self, said: str) -> None:
-        """A line that stays, above the bar."""
+        """A line that stays, above the bar; in a log behind what was held back."""
+        if self._held is not None and not self._drawn:
+            self._line(self._held)
         self._console.print(said, highlight=False, soft_wrap=True)
 
     def _line(self, said: str) -> None:
@@ -231,9 +233,10 @@ class InfluenceProgress(Bar):
             self.begin(what, total)
             self._first = None
         now = time.perf_counter()
-        if self._first is None:
-            self._first = now, done
-        seconds, documents = now - self._first[0], done - self._first[1]
+        if self._first is None and done:  # clocks start behind the first, which was compiled for
+            self._first, self._since = (now, done), None
+        begun, before = self._first or (now, done)
+        seconds, documents = now - begun, done - before
         pace = "" if total is None else ": compiling"  # which the first rows wait for
         if documents and seconds > 1:
             pace = f"  {documents / seconds:.2f} pieces/s"

@@ -180,8 +180,9 @@ def warn_of_coverage(share: float) -> None:
     """Say so where less than nine tenths of the parameters are looked at."""
     if share < ENOUGH:
         warnings.warn(
-            f"influence is measured on {share:.0%} of the parameters, under {ENOUGH:.0%}; widen "
-            "`parameters` (of a config: `estimator.parameters`), or mind it when reading scores",
+            f"influence is measured on {share:.0%} of the parameters, under {ENOUGH:.0%}: scores "
+            "say nothing of the others (behind taps, a tied embedding is one of them); "
+            "`parameters` (of a config: `estimator.parameters`) chooses what is measured",
             CoverageWarning,
             stacklevel=3,
         )
