@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 PAUSE = 10.0  # seconds at least between two lines of the same step
 SILENCE = 10.0  # after which a log gets a line though nothing is new
+LONGEST = 40.0  # between two such lines: they become rarer
 SOON = 10.0  # seconds left that are not worth a word
 COMPILED = {"train": "training", "eval": "judging", "reweight": "measuring for a move",
             "distillation": "comparing with the teacher"}  # fmt: skip
@@ -121,7 +122,7 @@ class Bar:
             silent = time.monotonic() - self._last
             if silent >= pause:
                 self.note(f"{self._said}  (for {silent:.0f} s)")
-            pause = 2 * pause if silent >= pause else SILENCE
+            pause = min(2 * pause, LONGEST) if silent >= pause else SILENCE
 
 
 def duration(seconds: float) -> str:
@@ -237,7 +238,7 @@ class InfluenceProgress(Bar):
             self._first, self._since = (now, done), None
         begun, before = self._first or (now, done)
         seconds, documents = now - begun, done - before
-        pace = "" if total is None else ": compiling"  # which the first rows wait for
+        pace = ": compiling, then the first rows" if total and not done else ""
         if documents and seconds > 1:
             pace = f"  {documents / seconds:.2f} pieces/s"
         self.show(f"{what}{pace}", done if total or done else None)

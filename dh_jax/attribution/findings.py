@@ -67,7 +67,7 @@ class Findings(NamedTuple):
     documents: int  # they are of
     tokens: int
     seconds: float  # of scoring alone
-    pace: float  # seconds a piece, of a typical batch: the first one also compiles
+    pace: float | None  # seconds a piece, of a typical batch behind the first, which also compiles
     self_influence: dict[str, float]  # mean by source, where it was asked for
 
 
@@ -123,7 +123,7 @@ def find(opened: Opened, store: ScoreStore, prepared: Prepared, key: jax.Array) 
         len(documents),
         tokens,
         seconds,
-        float(np.median(paces)),
+        float(np.median(paces[1:])) if paces[1:] else None,
         dict(zip(sources, own.result().mean_KM[0].tolist(), strict=True)) if with_self else {},
     )
 

@@ -20,6 +20,7 @@ from dh_jax.report.page import page_template, stylesheet, write_page
 from dh_jax.report.plots import NARROW, WIDE, Drawing
 
 HERE = Path(__file__).resolve().parent
+FEW = 100  # pieces of text, below which averages are to be mistrusted
 MILLION = 1_000_000
 
 
@@ -56,7 +57,7 @@ def render(findings: Findings, facts: Mapping[str, Any]) -> str:
         notes=notes(findings, facts),
         drawings=[drawing(findings, k) for k in range(len(findings.queries))],
         styles=viz.source_styles(findings.sources),
-        million=MILLION * findings.pace,
+        million=MILLION * (findings.pace or 0.0),
         levels=LEVELS,
         every=EVERY,
         style=Markup(stylesheet() + (HERE / "page.css").read_text(encoding="utf-8")),
@@ -91,6 +92,11 @@ def headline(findings: Findings) -> str:
 def notes(findings: Findings, facts: Mapping[str, Any]) -> list[str]:
     """What a reader must know before relying on the page."""
     said = []
+    if findings.pieces < FEW:
+        said.append(
+            f"{findings.pieces:,} pieces are few: what holds of them on average may not hold of "
+            "the next ones."
+        )
     if facts["coverage"] < ENOUGH:
         said.append(
             f"Only {finding.percent(facts['coverage'])} of the parameters are measured; what "

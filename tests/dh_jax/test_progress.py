@@ -64,7 +64,7 @@ def test_lines_of_one_step_keep_their_distance() -> None:
             told("scoring", done, 100)
     *steps, last = log.getvalue().splitlines()
     assert steps == ["reading", "fitting", "scoring"]
-    assert last == "scoring: compiling  90 of 100"  # all within a second: no pace to tell
+    assert last == "scoring  90 of 100"  # all within a second: no pace to tell
 
 
 def test_a_log_is_not_silent_while_nothing_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
