@@ -187,6 +187,8 @@ class TrainProgress(Bar):
                 f"{record['due']}{', behind the last' if late else ''}"
             )
         elif kind == "compile":
+            if self._held is not None and not self._compiling:
+                self._line(self._held)  # of the phase before
             self._compiling = True
             self.show(f"{COMPILED[record['phase']]}: compiling")
 

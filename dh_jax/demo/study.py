@@ -72,7 +72,7 @@ def run_demo(
     report = folder / "report.html"
     found = write_report([job.out for job in jobs], report, title="A mixture that steers itself")
     console.print(found.headline, highlight=False)
-    console.print(f"{duration(time.perf_counter() - start)}; open {report}")
+    console.print(f"{duration(time.perf_counter() - start)} without installing; open {report}")
     return report
 
 

@@ -156,10 +156,12 @@ def _sentences(
                 f"({seconds(spent)} of {seconds(clocks[name].total)} a run), "
                 f"{percent(clocks[name].of_training)} of the training steps' own."
             )
-    compiling = {name: clock.seconds.get("compile", 0.0) for name, clock in clocks.items()}
-    if any(map(moves, clocks)) and any(compiling.values()):
-        each = join([f"{seconds(spent)} by {name}" for name, spent in compiling.items()])
-        said.append(f"What a run compiles, once, comes on top: {each}.")
+    if any(map(moves, clocks)) and all(clock.total for clock in clocks.values()):
+        each = [
+            f"{seconds(clock.total)} by {name} ({seconds(clock.seconds.get('compile', 0.0))})"
+            for name, clock in clocks.items()
+        ]
+        said.append(f"A whole run took, with what it compiled once (in brackets), {join(each)}.")
     if differences:
         said.append(f"All runs trained on {_token_range(runs)} tokens.")
     return said

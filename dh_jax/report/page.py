@@ -18,7 +18,7 @@ from dh_jax import viz
 from dh_jax.errors import DataError
 from dh_jax.report import finding, plots
 from dh_jax.report.runs import Run, ScoredDocument, find_runs, load_run
-from dh_jax.report.statistics import Summary, by_policy, config_differences
+from dh_jax.report.statistics import Summary, by_policy, config_differences, is_baseline
 from dh_jax.report.teaching import is_distilled, teaching
 from dh_jax.report.variants import tell_apart
 
@@ -100,6 +100,7 @@ def render(runs: Sequence[Run], summary: Summary, title: str | None = None) -> s
         title=title or default_title(runs),
         summary=summary,
         steered=[name for name in summary.policies if finding.moves(name)],
+        references=[name for name in summary.policies if is_baseline(name)],
         groups=groups,
         runs=ordered,
         best=best(summary),

@@ -22,7 +22,8 @@ WEIGHT = re.compile(r"data\.sources\..+\.weight")
 # What repetitions of a run may differ in: the seed, and where and how they were kept.
 REPEATED = ("training.seed", "data.seed", "out", "resume", "training.tensorboard", "training.wandb",
             "training.keep", "training.checkpoint_interval")  # fmt: skip
-FREE_KEYS = ("mixing.", "influence.", "distillation.", *REPEATED)
+# Where data have two names, every policy says which (`dh_jax.report.variants`).
+FREE_KEYS = ("mixing.", "influence.", "distillation.", "data.name", *REPEATED)
 
 
 class Spread(NamedTuple):
