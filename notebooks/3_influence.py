@@ -105,7 +105,7 @@ section = next(s for s in findings.sections if s.query == "maths")
 text_of = {d.document: "".join(p.text for p in d.pieces)
            for d in (*section.helpful, *section.harmful)}
 viz.top_documents([viz.RankedDocument(d.source, text_of[d.document], d.helpfulness)
-                   for d in (*section.helpful, *section.harmful)])
+                   for d in (*section.helpful, *section.harmful)], sources=findings.sources)
 
 # %% [markdown]
 # ## Reading them

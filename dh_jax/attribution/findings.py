@@ -53,6 +53,7 @@ class Section(NamedTuple):
     query: str
     helpful: list[Shown]
     harmful: list[Shown]
+    sources: list[str]  # all of the run, in whose order figures have their colours
 
 
 class Findings(NamedTuple):
@@ -118,7 +119,10 @@ def find(opened: Opened, store: ScoreStore, prepared: Prepared, key: jax.Array) 
         sources,
         statistics,
         [{s: v for s, v in zip(sources, row, strict=True) if v} for row in values],
-        [Section(name, told[k, "helpful"], told[k, "harmful"]) for k, name in enumerate(shown)],
+        [
+            Section(name, told[k, "helpful"], told[k, "harmful"], sources)
+            for k, name in enumerate(shown)
+        ],
         pieces_scored,
         len(documents),
         tokens,

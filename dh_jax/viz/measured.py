@@ -120,15 +120,19 @@ def influence_matrix(
     return figure
 
 
-def top_documents(documents: Sequence[RankedDocument], width: int = WIDTH) -> Figure:
+def top_documents(
+    documents: Sequence[RankedDocument], width: int = WIDTH, *, sources: Sequence[str] = ()
+) -> Figure:
     """Documents from the most helpful to the most harmful, with how they begin.
 
     Args:
-        documents: in any order; colours are by source, in the order in which they come.
+        documents: in any order.
         width: in CSS pixels.
+        sources: in whose order sources have their colours, as in other figures; those that are
+            not named follow as they come.
     """
     ordered = sorted(documents, key=lambda d: -d.helpfulness)
-    styles = source_styles(list(dict.fromkeys(d.source for d in documents)))
+    styles = source_styles(list(dict.fromkeys([*sources, *(d.source for d in documents)])))
     left = 14 + 7.2 * max(len(parts.short(d.source)) for d in ordered)
     figure, (ax,) = parts.figure(width, 42 * len(ordered) + 48, 1, 1, left=left, top=8)
     for y, document in enumerate(ordered):

@@ -138,9 +138,8 @@ def scores_html(scores: Any) -> str:
 
 def section_html(section: Any) -> str:
     """A query's documents at both ends with their text, tinted by what each token adds."""
-    parts = []
+    parts, styles = [], source_styles(section.sources)
     for end, documents in (("Most helpful", section.helpful), ("Most harmful", section.harmful)):
-        styles = source_styles(list(dict.fromkeys(d.source for d in documents)))
         body = [
             (_name(d.source, styles[d.source].colour), f"{d.helpfulness:+.3g}", _tinted(d.pieces))
             for d in documents

@@ -114,6 +114,10 @@ def test_top_documents_run_from_helpful_to_harmful() -> None:
     first, second = (text.get_text() for text in ax.texts)
     assert first.startswith("many words many") and first.endswith("…") and len(first) == 64
     assert second == r"costs \$5 and \$6"
+    colours = [to_rgba(PAINT[f"source-{i}"]) for i in range(3)]
+    assert [bar.get_facecolor() for bar in ax.patches] == [colours[1], colours[0]]
+    named = viz.top_documents(documents, sources=["c", "b", "a"]).axes[0]
+    assert [bar.get_facecolor() for bar in named.patches] == [colours[1], colours[2]]
 
 
 def test_curves_over_tokens_are_drawn_as_given_with_their_ends_in_words() -> None:

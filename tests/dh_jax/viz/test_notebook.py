@@ -76,7 +76,9 @@ def test_batches_loaders_moves_scores_and_documents_are_told_in_words() -> None:
     words = " ".join(parsed(notebook.scores_html(scores)).itertext())
     assert "-2 (batch 3, row 1, segment 2)" in words and "2 documents" in words
     shown = types.SimpleNamespace(source="a", helpfulness=1.5, pieces=[Piece(EVIL, 4)])
-    section = types.SimpleNamespace(query="q", helpful=[shown], harmful=[])
+    section = types.SimpleNamespace(
+        query="q", helpful=[shown], harmful=[], sources=["other", shown.source]
+    )
     root = parsed(notebook.section_html(section))
     assert [e.text for e in root.iter("span") if e.get("class") == "up"] == [EVIL]
     assert "costs nothing" in notebook.policy_html(static())
