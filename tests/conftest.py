@@ -28,15 +28,17 @@ settings.load_profile("house")
 pytest_plugins = ["tests.small_data"]  # fixtures
 
 # What tests in these folders compile runs for milliseconds, and whether it is fast or equal in
-# every bit is not what they ask: without optimisation it compiles in half the time. Slow tests, and
-# those of models, training and whole runs, compile as users do.
-FORMULAS = {"attribution", "distillation", "influence", "mixing"}
+# every bit is not what they ask: without optimisation it compiles in half the time. Slow tests,
+# those of training and whole runs, and what is marked `optimised` compile as users do.
+FORMULAS = {"attribution", "distillation", "influence", "mixing", "models"}
 
 
 @pytest.fixture(autouse=True)
 def compiled_plainly(request: pytest.FixtureRequest) -> Iterator[None]:
     folder = Path(request.node.path).parent.name
-    if folder not in FORMULAS or request.node.get_closest_marker("slow"):
+    if folder not in FORMULAS or any(
+        request.node.get_closest_marker(name) for name in ("slow", "optimised")
+    ):
         yield
         return
     import jax

@@ -54,6 +54,7 @@ def cut(rng: np.random.Generator, length: int, pieces: int) -> list[np.ndarray]:
 LENGTH = 300  # three blocks of queries, and eleven chunks of targets
 
 
+@pytest.mark.optimised
 @settings(max_examples=40)
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1))
 def test_neighbours_never_change_a_documents_losses_by_one_bit(data: Any, seed: int) -> None:
