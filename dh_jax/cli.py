@@ -15,13 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dh_jax import commands
+from dh_jax import commands, huge_pages
 from dh_jax.errors import UserError
 
 OVERRIDES = "Hydra overrides: data=demo model=tiny mixing=influence training.steps=100 ..."
 JSON = "print JSON instead, for machines"
 EXIT_USER_ERROR = 2
 EXIT_BROKEN_PIPE = 141  # as a shell has it
+STEPPING = ("train", "distill", "influence", "mix", "generate", "demo")  # compute with models
 
 # What the system refuses and a user can mend.
 CURES = {
@@ -137,6 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         options.overrides = [*options.overrides, *rest]
     if arguments is None:  # a process of its own, at whose screen somebody may sit
+        if options.command in STEPPING:
+            huge_pages.restart()
         commands.say_if_silent(options.command)
     code = _run(options)
     if options.command not in ("train", "distill"):

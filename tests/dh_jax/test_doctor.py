@@ -55,6 +55,7 @@ def test_doctor_finds_a_missing_library_and_an_address_that_leads_nowhere(
 def test_doctor_hints_at_bytecode_that_is_never_kept(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # the other hint's
     monkeypatch.setattr("sys.dont_write_bytecode", True)
     monkeypatch.setattr("sys.pycache_prefix", str(tmp_path))  # where nothing was ever kept
     (hint,) = doctor.hints()
