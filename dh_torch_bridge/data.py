@@ -60,7 +60,8 @@ def get_loader(
                 f"no column {name!r}{suggest(name, list(known))}; known: {', '.join(known)}"
             )
     pinned = torch.cuda.is_available() if pin_memory is None else pin_memory
-    below = data.get_loader(config, unlearnt=IGNORED, **options)
+    learns = {"labels", "shift_labels"} & set(columns)
+    below = data.get_loader(config, unlearnt=IGNORED if learns else None, **options)
     return TorchLoader(below, options.get("shard", (0, 1)), tuple(columns), pinned)
 
 
