@@ -6,6 +6,9 @@ SHELL := /bin/bash
 unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help demo test slow lint bench bench-mixing notebooks docs accessible clean
 
+# One more than there are cores: some tests wait, for processes and clocks.
+WORKERS ?= $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )))
+
 VENV := .venv
 BIN := $(VENV)/bin
 # The first interpreter that really runs and is new enough, as long as none is named.
@@ -35,7 +38,7 @@ demo: $(DEMO)
 	$(BIN)/dh demo
 
 test: $(DEV)
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 slow: $(DEV)
 	$(BIN)/python -m pytest -m slow

@@ -1,5 +1,5 @@
-"""Settings of every test: eight simulated devices, property tests without a clock, and quick
-compilation where formulas are held against references."""
+"""Settings of every test: eight simulated devices, property tests without a clock, programs that
+an earlier run has compiled, and quick compilation where formulas are held against references."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# Before JAX is imported anywhere: it reads both once.
+# Before JAX is imported anywhere: it reads them once.
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Most of the suite's time is compiling. JAX's key is the program, the version and the processor.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()

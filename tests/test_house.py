@@ -67,6 +67,7 @@ FLOORS = {
     "dh_jax.console": 5,
     "dh_jax.demo": 5,
     "dh_jax.doctor": 5,
+    "dh_jax.huge_pages": 5,
     "dh_jax.progress": 5,
     "dh_jax.shell_words": 5,
     "dh_jax": 6,  # the face of the whole; nobody inside looks at it
@@ -335,6 +336,17 @@ def test_no_file_is_longer_than_the_house_allows() -> None:
         str(p.relative_to(ROOT)): len(p.read_text(encoding="utf-8").splitlines()) for p in files
     }
     assert {name: n for name, n in lengths.items() if n > MAX_LINES} == {}
+
+
+def test_every_setting_of_jax_that_is_named_is_one_that_jax_reads() -> None:
+    """A misspelt environment variable changes nothing and says nothing."""
+    import jax
+
+    processes = {"JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"}
+    for path in python_files(*HOUSE, "tests", "benchmarks"):
+        for name in set(re.findall(r'"(JAX_[A-Z_]+)"', path.read_text(encoding="utf-8"))):
+            if name not in processes:
+                assert name.lower() in jax.config.values, f"{path.relative_to(ROOT)}: {name}"
 
 
 def test_no_committed_text_holds_the_address_of_a_package_index() -> None:

@@ -155,7 +155,7 @@ def run_jobs(jobs: list[Job], console: Console) -> None:
     waiting = [job for job in jobs if not _finished(job)]
     environment = os.environ | {  # the runs compile the same code: once is enough
         "JAX_COMPILATION_CACHE_DIR": str(jobs[0].out.parent.absolute() / "compiled"),
-        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     running: dict[Job, tuple[subprocess.Popen[bytes], int | None]] = {}
     drawn = console.is_terminal or console.is_jupyter

@@ -1,3 +1,5 @@
+"""A process begins anew with its memory in huge pages, once, where that gains something."""
+
 from __future__ import annotations
 
 import os

@@ -50,7 +50,7 @@ def command(data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     environment = os.environ | {
         "XLA_FLAGS": "",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
     def start(out: Path, *extra: str) -> subprocess.Popen[bytes]:

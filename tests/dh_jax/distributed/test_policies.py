@@ -61,7 +61,7 @@ def trails(
         "XLA_FLAGS": "--xla_force_host_platform_device_count=1 "
         "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     logs = [folder / f"log-{index}" for index in range(2)]
     running = []
