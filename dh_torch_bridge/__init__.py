@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from dh_torch_bridge.influence import torch_objective, torch_params
     from dh_torch_bridge.optimizer import InfluenceAwareOptimizer, from_first_rank
+    from dh_torch_bridge.pieces import measure_pieces, score_documents
     from dh_torch_bridge.runstate import restore_run, save_run
     from dh_torch_bridge.teacher import wrap_torch_teacher
 
@@ -46,9 +47,11 @@ _HOMES = {
     "load_data_config": "dh_jax.config",
     "load_distributed_config": "dh_torch_bridge.distributed.mesh",
     "make_mesh": "dh_torch_bridge.distributed.mesh",
+    "measure_pieces": "dh_torch_bridge.pieces",
     "parallelize": "dh_torch_bridge.distributed.parallelize",
     "restore_run": "dh_torch_bridge.runstate",
     "save_run": "dh_torch_bridge.runstate",
+    "score_documents": "dh_torch_bridge.pieces",
     "torch_objective": "dh_torch_bridge.influence",
     "torch_params": "dh_torch_bridge.influence",
     "wrap_torch_teacher": "dh_torch_bridge.teacher",
@@ -72,9 +75,11 @@ __all__ = [
     "load_data_config",
     "load_distributed_config",
     "make_mesh",
+    "measure_pieces",
     "parallelize",
     "restore_run",
     "save_run",
+    "score_documents",
     "torch_objective",
     "torch_params",
     "wrap_torch_teacher",

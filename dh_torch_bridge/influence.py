@@ -6,8 +6,9 @@ on linear layers, so that EK-FAC and the estimators by taps hold no gradient of 
 more than one layer.
 
 Forward mode is JAX's alone: `DataInfCalculator` works as long as the fitted gradients fit in its
-``max_bytes``, and `Estimator.by_token` not at all. A model spread over ranks (FSDP2, tensor
-parallel) is measured by a twin that has it whole; see `fill_twin`.
+``max_bytes``, and `Estimator.by_token` not at all. Of a model spread over ranks (FSDP2, tensor
+parallel) a mixture's policy is told by its pieces (`dh_torch_bridge.pieces`); documents are scored
+on a twin that has it whole (`fill_twin`).
 """
 
 from __future__ import annotations
@@ -197,7 +198,7 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 def _host_losses(model: nn.Module, loss: TorchLoss, rows: Any) -> Any:
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         return _numpy(loss(model, _tensors(model, rows)))
 
 
@@ -206,7 +207,7 @@ def _host_gradients(
 ) -> dict[str, np.ndarray]:
     kernels, trained = _kernels(model), _trained(model)
     chosen = [trained[name] for name in names]
-    with torch.enable_grad(), _evaluating(model):
+    with torch.enable_grad(), evaluating(model):
         loss_BT = loss(model, _tensors(model, rows))
         weight = torch.from_numpy(np.array(weight_BT)).to(loss_BT)
         found = torch.autograd.grad(loss_BT, chosen, weight, materialize_grads=True)
@@ -218,7 +219,7 @@ def _host_gradients(
 def _host_activations(
     model: nn.Module, loss: TorchLoss, names: tuple[str, ...], rows: Any
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    with torch.no_grad(), _evaluating(model), _watched(model, names) as seen:
+    with torch.no_grad(), evaluating(model), _watched(model, names) as seen:
         loss_BT = loss(model, _tensors(model, rows))
         return _numpy(loss_BT), {name: _numpy(seen[name][0]) for name in names}
 
@@ -226,7 +227,7 @@ def _host_activations(
 def _host_cotangents(
     model: nn.Module, loss: TorchLoss, names: tuple[str, ...], rows: Any, weight_BT: Any
 ) -> dict[str, np.ndarray]:
-    with torch.enable_grad(), _evaluating(model), _watched(model, names) as seen:
+    with torch.enable_grad(), evaluating(model), _watched(model, names) as seen:
         loss_BT = loss(model, _tensors(model, rows))
         weight = torch.from_numpy(np.array(weight_BT)).to(loss_BT)
         outputs = [seen[name][1] for name in names]
@@ -260,7 +261,8 @@ def _watched(
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it the model is in evaluation mode, and nobody else measures."""
     with _ONE_AT_A_TIME:
         was = {module: module.training for module in model.modules()}  # parts may be frozen
         model.eval()

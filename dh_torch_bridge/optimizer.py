@@ -16,12 +16,15 @@ from dh_jax.batch import Batch
 from dh_jax.errors import StateError
 from dh_jax.influence import optimizer as house
 from dh_jax.influence.calculator import DataInfCalculator
-from dh_jax.influence.optimizer import GRADIENTS, InfluenceState, Reweighting
+from dh_jax.influence.optimizer import InfluenceState, Reweighting
+from dh_jax.influence.sources import GRADIENTS, Measure
 from dh_jax.mixing.policy import SAMPLED, Policy
 from dh_torch_bridge.data import TorchBatch, TorchLoader
+from dh_torch_bridge.distributed.parallelize import Parallel
 from dh_torch_bridge.influence import TorchLoss, fill_twin, torch_objective, torch_params
 from dh_torch_bridge.labels import IGNORED
 from dh_torch_bridge.losses import token_losses
+from dh_torch_bridge.pieces import measure_pieces
 
 Draw = Callable[[str], Mapping[str, Batch]]  # "train" or "probe" -> rows by source or probe
 WIDE = 1 << 40  # fitted gradients are always kept: torch has no forward mode here
@@ -39,10 +42,11 @@ class InfluenceAwareOptimizer(torch.optim.Optimizer):
         optimizer: any; it makes the updates.
         policy: moves the weights (`dh_jax.mixing.registry.make_policy`).
         loader: whose weights move, from the first batch not yet delivered on.
-        model: what is trained. Only needed for policies that measure gradients.
+        model: what is trained, or the `Parallel` that `parallelize` made of it, whose ranks are
+            measured piece by piece. Only needed for policies that measure gradients.
         draw: rows to measure on, the same on every rank (`dh_jax.sampling.Samplers.draw`).
-        twin: the model's double, whole on this rank, where ranks hold only parts of it. It is
-            filled before every measurement.
+        twin: the double of a module that ranks hold only parts of, whole on this rank and filled
+            before every measurement; for modules that `parallelize` did not spread.
         loss: of the model, unreduced.
         weights: to start with; default: the loader's.
         interval: steps between two moves.
@@ -62,7 +66,7 @@ class InfluenceAwareOptimizer(torch.optim.Optimizer):
         optimizer: torch.optim.Optimizer,
         policy: Policy,
         loader: TorchLoader,
-        model: nn.Module | None = None,
+        model: nn.Module | Parallel | None = None,
         draw: Draw | None = None,
         *,
         twin: nn.Module | None = None,
@@ -81,11 +85,12 @@ class InfluenceAwareOptimizer(torch.optim.Optimizer):
         self._share()
         self._loader, self._model, self._twin, self._draw = loader, model, twin, draw
         self._parameters, self._on_move = parameters, on_move
-        calculator = None
-        if policy.needs & SAMPLED and (measured := twin or model) is not None:
-            calculator = DataInfCalculator(
-                torch_objective(measured, loss).loss, damping=damping, max_bytes=WIDE
-            )
+        calculator: DataInfCalculator | Measure | None = None
+        if policy.needs & SAMPLED and isinstance(model, Parallel):
+            calculator = measure_pieces(model, loss, parameters=parameters, damping=damping)
+        elif policy.needs & SAMPLED and isinstance(model, nn.Module):
+            objective = torch_objective(twin or model, loss)
+            calculator = DataInfCalculator(objective.loss, damping=damping, max_bytes=WIDE)
         self._steering = house.InfluenceAwareOptimizer(
             optax.identity(), policy, calculator, source_names=loader.names,
             weights=loader.weights if weights is None else weights,
@@ -134,9 +139,10 @@ class InfluenceAwareOptimizer(torch.optim.Optimizer):
         measured: Any = {}
         if needs & SAMPLED:
             assert self._model is not None and self._draw is not None
-            if self._twin is not None:
-                fill_twin(self._twin, self._model)
-            measured = torch_params(self._twin or self._model, self._parameters)
+            if not isinstance(self._model, Parallel):
+                if self._twin is not None:
+                    fill_twin(self._twin, self._model)
+                measured = torch_params(self._twin or self._model, self._parameters)
         draw = self._draw or (lambda split: {})
         self._state, move = self._steering.reweight(
             measured,

@@ -30,15 +30,14 @@ def steer(
     model: Parallel,
     loader: TorchLoader,
     tokenizer: TokenizerWrapper,
-    build: Callable[[], nn.Module],
     closing: ExitStack,
     on_move: Callable[[Reweighting], None],
 ) -> tuple[torch.optim.Optimizer, Samplers | None]:
     """The optimizer, wrapped where the run's mixture moves; for all ranks.
 
-    Where a policy measures gradients, every rank draws the same rows and measures on a model that
-    is whole: its own, or a twin (of ``build``) where ranks hold parts. JAX does the measuring, on
-    the processor under ``JAX_PLATFORMS=cpu``.
+    Where a policy measures gradients, every rank draws the same rows. A model that each rank has
+    whole is measured by JAX, on the processor under ``JAX_PLATFORMS=cpu``; one that ranks hold
+    parts of by its pieces (`dh_torch_bridge.pieces`).
 
     Args:
         optimizer: of the model's parameters.
@@ -46,7 +45,6 @@ def steer(
         model: as this rank holds it.
         loader: whose weights move.
         tokenizer: of the data.
-        build: makes the model anew, of any numbers.
         closing: closes the samplers.
         on_move: called behind every move, on every rank.
 
@@ -71,8 +69,9 @@ def steer(
         raise ConfigError(
             "mixing.budget and mixing.on_failure=keep are for `dh train`; leave them out here"
         )
-    samplers = twin = None
+    samplers = None
     whole = parts_of(model)[0]
+    measured: nn.Module | Parallel = whole
     if policy.needs & SAMPLED:
         if model.schedule is not None:
             raise ConfigError(
@@ -84,12 +83,11 @@ def steer(
         )
         closing.enter_context(samplers)
         if run.distributed.strategy == "ddp" and model.mesh is not None:
-            whole = whole.module  # type: ignore[assignment]
+            measured = whole.module  # type: ignore[assignment]
         elif model.mesh is not None:
-            twin = build().to(next(whole.parameters()).device)
+            measured = model
     steering = InfluenceAwareOptimizer(
-        optimizer, policy, loader, whole, samplers.draw if samplers else None,
-        twin=twin,
+        optimizer, policy, loader, measured, samplers.draw if samplers else None,
         interval=mixing.interval,
         warmup=mixing.warmup,
         probe_names=list(run.data.probes or run.data.sources),

@@ -212,7 +212,7 @@ def train(run: TorchRunConfig) -> None:
             if log:
                 log.write(move_record(move, loader))
 
-        steered, samplers = steer(optimizer, run, model, loader, tokenizer, built, closing, note)
+        steered, samplers = steer(optimizer, run, model, loader, tokenizer, closing, note)
         if restored := restore_run(checkpoints, model, optimizer, loader, schedule):
             done, tokens = restored.step, restored.host["tokens"]
             load_steering_state(steered, samplers, restored.host["steering"])

@@ -57,6 +57,7 @@ API = {
                 "dh_jax.viz.notebook"),
     "The torch bridge": (
         "dh_torch_bridge.data", "dh_torch_bridge.distillation", "dh_torch_bridge.influence",
+        "dh_torch_bridge.pieces",
         "dh_torch_bridge.optimizer", "dh_torch_bridge.teacher", "dh_torch_bridge.runstate",
         "dh_torch_bridge.pretrained", "dh_torch_bridge.exchange", "dh_torch_bridge.losses",
         "dh_torch_bridge.plan", "dh_torch_bridge.distributed.mesh",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,12 +17,10 @@ import numpy as np
 import optax
 
 from dh_jax.batch import Batch
-from dh_jax.distributed.mesh import to_host
 from dh_jax.errors import ConfigError, DataError
 from dh_jax.functions import Params
-from dh_jax.influence.alignment import check_targets, source_alignment, target_gradient, target_loss
 from dh_jax.influence.calculator import DataInfCalculator
-from dh_jax.influence.checks import refuse_non_finite, rows_with_targets
+from dh_jax.influence.sources import GRADIENTS, Measure, measured
 from dh_jax.mixing.checks import refuse_no_mixture, refuse_unknown, weights_in_order
 from dh_jax.mixing.pace import (
     Budget,
@@ -32,8 +31,6 @@ from dh_jax.mixing.pace import (
     placed_alike,
 )
 from dh_jax.mixing.policy import LEARNT, SAMPLED, Observation, Policy, PolicyState
-
-GRADIENTS = frozenset({"influence_M", "alignment_M", "norm_M"})  # measured on the sources' rows
 
 
 class InfluenceState(NamedTuple):
@@ -76,8 +73,8 @@ class InfluenceAwareOptimizer:
     Args:
         optimizer: any optax optimizer.
         policy: moves the weights (`dh_jax.mixing.registry.make_policy`).
-        calculator: measures influence, gradients and probes; None will do for a policy that needs
-            nothing of the kind.
+        calculator: measures influence, gradients and probes, or a `Measure` that does; None will do
+            for a policy that needs nothing of the kind.
         source_names: names of the mixture's sources, in the loader's order.
         weights: the configured mixture: by name, or in the order of ``source_names``.
         interval: steps between two moves.
@@ -99,7 +96,7 @@ class InfluenceAwareOptimizer:
         self,
         optimizer: optax.GradientTransformation,
         policy: Policy,
-        calculator: DataInfCalculator | None = None,
+        calculator: DataInfCalculator | Measure | None = None,
         *,
         source_names: Sequence[str],
         weights: Mapping[str, float] | Sequence[float],
@@ -286,72 +283,15 @@ class InfluenceAwareOptimizer:
             seen["loss_M"] = state.nats_M / state.targets_M.clip(min=1)
             seen["tokens_M"] = state.targets_M
         if needs & SAMPLED:
-            assert self.calculator is not None
-            calculator, key = self.calculator, jax.random.key(0) if key is None else key
-            probed = (probes or {}, self.targets, key)
-            if needs & GRADIENTS:
-                rows = _by_name(sources, self.source_names)
-                coverage = calculator.coverage(params)
-            if "influence_M" in needs:
-                seen["influence_M"] = source_influence(calculator, params, rows, *probed)
-            if needs & {"alignment_M", "norm_M"}:
-                pair = source_alignment(calculator, params, rows, *probed)
-                both = dict(zip(("alignment_M", "norm_M"), pair, strict=True))
-                seen |= {name: both[name] for name in needs & set(both)}
-            if "target_loss" in needs:
-                seen["target_loss"] = target_loss(calculator, params, *probed)
-            seen = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), seen)
+            rows = _by_name(sources, self.source_names) if needs & GRADIENTS else {}
+            measure = self.calculator
+            if isinstance(measure, DataInfCalculator):
+                key = jax.random.key(0) if key is None else key
+                measure = partial(measured, measure, params, key)
+            assert measure is not None
+            sampled, coverage = measure(needs & SAMPLED, rows, probes or {}, self.targets)
+            seen |= jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), sampled)
         return Observation(state.step, state.weights_M, **seen), coverage
-
-
-def source_influence(
-    calculator: DataInfCalculator,
-    params: Params,
-    sources: Mapping[str, Batch],
-    probes: Mapping[str, Batch],
-    targets: Mapping[str, float],
-    key: jax.Array,
-) -> np.ndarray:
-    """Mean influence of each source's rows on the weighted loss of the target probes.
-
-    The curvature is fitted on the rows of all sources together; a row without a valid target
-    counts nowhere.
-
-    Args:
-        calculator: of the loss being trained.
-        params: the parameters being trained.
-        sources: name -> training rows; all of one length T.
-        probes: name -> held-out rows.
-        targets: probe -> weight, summing to 1.
-        key: random key, as the loss may use it.
-
-    Returns:
-        (M,) in the order of ``sources``; positive = harmful.
-
-    Raises:
-        ConfigError: a target has no probe rows, or sources differ in row length.
-        DataError: rows hold nothing to learn, or a gradient or score is not finite; names whose.
-    """
-    check_targets(targets, probes)
-    lengths = {name: batch.tokens_BT.shape[1] for name, batch in sources.items()}
-    if len(set(lengths.values())) > 1:
-        raise ConfigError(f"sources differ in row length {lengths}; sample rows of one length")
-    valid = {name: rows_with_targets(f"source {name!r}", batch) for name, batch in sources.items()}
-    fit_key, probe_key = jax.random.split(key)
-    v = target_gradient(calculator, params, probes, targets, probe_key)
-    rows: Batch = jax.tree.map(lambda *x: jnp.concatenate(x), *sources.values())
-    cuts = np.cumsum([len(v) for v in valid.values()])[:-1]
-
-    fitted = calculator.fit(params, rows, fit_key)
-    squares_B = to_host(sum(fitted.squares_B.values()))
-    refuse_non_finite("gradient", dict(zip(valid, np.split(squares_B, cuts), strict=True)))
-
-    q = calculator.precondition(fitted, v)
-    scores_B = to_host(calculator.score_fitted(fitted, q))
-    scores = dict(zip(valid, np.split(scores_B, cuts), strict=True))
-    refuse_non_finite("influence", scores)
-    means = [scores[name][valid[name]].mean() for name in valid]
-    return np.asarray(means, np.float32)
 
 
 def resolve_targets(targets: Mapping[str, float], probe_names: Sequence[str]) -> dict[str, float]:

@@ -38,11 +38,8 @@ def clip_gradients(
     locals_ = []
     for parameter, unsettled in held:
         gradient = parameter.grad = settle(unsettled, parameter)
-        axes: tuple[str, ...] = ()
+        axes = split_axes(gradient)
         if isinstance(gradient, DTensor):
-            names = gradient.device_mesh.mesh_dim_names or ()
-            splits = zip(names, gradient.placements, strict=True)
-            axes = tuple(name for name, placement in splits if not placement.is_replicate())
             gradient = gradient.to_local()
         locals_.append(gradient)
         if any(parameter is twin for twin in twins):
@@ -64,3 +61,12 @@ def clip_gradients(
     for gradient in locals_:
         gradient.mul_(scale.to(gradient))
     return norm
+
+
+def split_axes(tensor: torch.Tensor) -> tuple[str, ...]:
+    """The mesh's axes along which ranks hold different pieces of a tensor."""
+    if not isinstance(tensor, DTensor):
+        return ()
+    names = tensor.device_mesh.mesh_dim_names or ()
+    splits = zip(names, tensor.placements, strict=True)
+    return tuple(name for name, placement in splits if not placement.is_replicate())

@@ -13,7 +13,8 @@ import pytest
 from dh_jax.config import MixingConfig, StageConfig
 from dh_jax.errors import ConfigError, DataError
 from dh_jax.influence.calculator import DataInfCalculator
-from dh_jax.influence.optimizer import InfluenceAwareOptimizer, resolve_targets, source_influence
+from dh_jax.influence.optimizer import InfluenceAwareOptimizer, resolve_targets
+from dh_jax.influence.sources import source_influence
 from dh_jax.mixing.influence import influence
 from dh_jax.mixing.policy import Observation, Policy, static, uniform
 from dh_jax.mixing.registry import MOVING, PLANNED, make_policy
