@@ -226,7 +226,7 @@ def _gradient(
     seen: TorchBatch,
     weights_BT: torch.Tensor,
 ) -> list[torch.Tensor]:
-    """This rank's pieces, flat and float32, of the gradient of the losses' weighted sum.
+    """This rank's pieces, flat and at least float32, of the gradient of the losses' weighted sum.
 
     Data-parallel ranks run the same rows, so the mean over ranks, which FSDP2 and DDP take, is it.
     """
@@ -240,7 +240,9 @@ def _gradient(
         found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         settled = settle(found.detach(), parameter)
         local = settled.to_local() if isinstance(settled, DTensor) else settled
-        pieces.append(local.flatten().float())
+        wide = torch.promote_types(local.dtype, torch.float32)
+        # Copied, since FSDP2's pieces of a block look into one buffer, which would stay with them.
+        pieces.append(local.flatten().to(wide, copy=True))
     for parameter in model.parameters():
         parameter.grad = None
     return pieces

@@ -86,7 +86,8 @@ def alignment_of(products: InnerProducts) -> tuple[np.ndarray, np.ndarray]:
     place, norms = 0, []
     for valid in products.valid.values():
         inner = total_NN[place : place + len(valid), place : place + len(valid)]
-        norms.append(np.sqrt(inner[np.ix_(valid, valid)].mean()))
+        square = inner[np.ix_(valid, valid)].mean()
+        norms.append(np.sqrt(max(square, 0.0)))  # sums of pieces are rounded
         place += len(valid)
     alignment_M = [dots[m][v].mean() for m, v in products.valid.items()]
     return np.array(alignment_M, np.float32), np.array(norms, np.float32)
