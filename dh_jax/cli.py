@@ -122,6 +122,16 @@ EXAMPLES = {
 }
 
 
+def entry() -> int:
+    """The `dh` of a shell: `main`, with memory in huge pages where the command steps.
+
+    Not part of `main`, which scripts may call behind work of their own: this begins anew.
+    """
+    if sys.argv[1:2] and sys.argv[1] in STEPPING:
+        huge_pages.restart()
+    return main()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -138,8 +148,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         options.overrides = [*options.overrides, *rest]
     if arguments is None:  # a process of its own, at whose screen somebody may sit
-        if options.command in STEPPING:
-            huge_pages.restart()
         commands.say_if_silent(options.command)
     code = _run(options)
     if options.command not in ("train", "distill"):
@@ -318,4 +326,4 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(entry())

@@ -11,8 +11,6 @@ import pytest
 
 from dh_jax import cli, doctor, huge_pages
 
-TOLD = {huge_pages.VARIABLE: huge_pages.SETTING}
-
 # 64 MiB that are written to, and how much of it lies in huge pages.
 PROGRAM = """
 import sys
@@ -83,15 +81,27 @@ def test_only_who_would_gain_starts_anew(
 
 
 def test_commands_that_step_begin_anew_and_called_functions_never(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    begun = []
+    begun, called = [], []
     monkeypatch.setattr(huge_pages, "restart", lambda: begun.append(sys.argv[1]))
-    assert cli.main(["train", "data=missing"]) == 2
-    monkeypatch.setattr("dh_jax.commands.train", lambda options: 2)
-    monkeypatch.setattr("dh_jax.commands.configs", lambda options: 0)
+    monkeypatch.setattr("dh_jax.commands.train", lambda options: called.append("train") or 2)
+    monkeypatch.setattr("dh_jax.commands.configs", lambda options: called.append("configs") or 0)
     for command in ("train", "configs"):
         monkeypatch.setattr("sys.argv", ["dh", command, "--debug"])
-        cli.main()
-    assert begun == ["train"]
-    assert "missing" in capsys.readouterr().err
+        assert cli.main() == cli.entry()
+    assert called == ["train", "train", "configs", "configs"] and begun == ["train"]
+
+
+def test_the_command_of_a_shell_has_huge_pages() -> None:
+    if not huge_pages.lacking():
+        pytest.skip("this system has no huge pages for those who ask")
+    program = (
+        "import os, sys; from dh_jax import cli, commands\n"
+        "commands.train = lambda options: print(os.environ.get('GLIBC_TUNABLES')) or 2\n"
+        "sys.exit(cli.entry())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "train"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, huge_pages.SETTING + "\n"), done.stderr
