@@ -6,9 +6,9 @@ on linear layers, so that EK-FAC and the estimators by taps hold no gradient of 
 more than one layer.
 
 Forward mode is JAX's alone: `DataInfCalculator` works as long as the fitted gradients fit in its
-``max_bytes``, and `Estimator.by_token` not at all. Of a model spread over ranks (FSDP2, tensor
-parallel) a mixture's policy is told by its pieces (`dh_torch_bridge.pieces`); documents are scored
-on a twin that has it whole (`fill_twin`).
+``max_bytes``, and `Estimator.by_token` not at all. A model spread over ranks (FSDP2, tensor
+parallel) is measured in `dh_torch_bridge.pieces`; estimators that look at documents with curvature
+want it whole, as a twin (`fill_twin`).
 """
 
 from __future__ import annotations
@@ -291,7 +291,8 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     for name, parameter in trained.items():
         if isinstance(parameter, DTensor):
             raise ConfigError(
-                f"{name} is spread over ranks; measure influence on a whole twin (fill_twin)"
+                f"{name} is spread over ranks; measure its pieces (measure_pieces, "
+                "score_documents), or a whole twin (fill_twin)"
             )
     return trained
 

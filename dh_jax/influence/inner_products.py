@@ -38,12 +38,12 @@ def refuse_broken(products: InnerProducts) -> None:
         DataError: names the sources, or the probes, that they are of.
     """
     squares_N = np.sum([np.diag(table) for table in products.by_tensor.values()], axis=0)
-    rows, probes = _parted(products, squares_N)
-    bad = [name for name, x in zip(products.target_Q, probes, strict=True) if not np.isfinite(x)]
+    rows_R, probes_Q = np.split(squares_N, [_rows(products)])
+    bad = [name for name, x in zip(products.target_Q, probes_Q, strict=True) if not np.isfinite(x)]
     if bad:
         named = ", ".join(f"probe {name!r}" for name in bad)
         raise DataError(f"{named}: gradient is not finite; {CURE}")
-    refuse_non_finite("gradient", _by_source(products, rows))
+    refuse_non_finite("gradient", _by_source(products, rows_R))
 
 
 def influence_of(products: InnerProducts, damping: float) -> np.ndarray:
@@ -60,8 +60,8 @@ def influence_of(products: InnerProducts, damping: float) -> np.ndarray:
     """
     weights_Q = np.array([*products.target_Q.values()])
     n = max(sum(int(v.sum()) for v in products.valid.values()), 1)
-    scores_R = np.zeros(sum(map(len, products.valid.values())))
-    rows = len(scores_R)
+    rows = _rows(products)
+    scores_R = np.zeros(rows)
     for name, table in products.by_tensor.items():
         inner_RR, target_R = table[:rows, :rows], table[:rows, rows:] @ weights_Q
         squares_R = np.diag(inner_RR)
@@ -81,7 +81,7 @@ def alignment_of(products: InnerProducts) -> tuple[np.ndarray, np.ndarray]:
     """
     weights_Q = np.array([*products.target_Q.values()])
     total_NN = np.sum([*products.by_tensor.values()], axis=0)
-    rows = sum(map(len, products.valid.values()))
+    rows = _rows(products)
     dots = _by_source(products, total_NN[:rows, rows:] @ weights_Q)
     place, norms = 0, []
     for valid in products.valid.values():
@@ -93,9 +93,8 @@ def alignment_of(products: InnerProducts) -> tuple[np.ndarray, np.ndarray]:
     return np.array(alignment_M, np.float32), np.array(norms, np.float32)
 
 
-def _parted(products: InnerProducts, values_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    rows = sum(map(len, products.valid.values()))
-    return values_N[:rows], values_N[rows:]
+def _rows(products: InnerProducts) -> int:
+    return sum(map(len, products.valid.values()))
 
 
 def _by_source(products: InnerProducts, values_R: np.ndarray) -> Mapping[str, np.ndarray]:
